@@ -1,0 +1,491 @@
+"""GPT: a decoder-only transformer language model.   Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3)
+
+Idea      p(x_1 ... x_T) = prod_t p(x_t | x_<t). One stack of identical blocks maps every prefix to a
+          distribution over the next token; training maximises the log-probability of real text.
+Formula   x   = W_e[token] + W_p[position]
+          x   = x + Attention(LayerNorm(x));   x = x + MLP(LayerNorm(x))             L times (pre-norm)
+          Attention(Q, K, V) = softmax(Q K^T / sqrt(Dh) + causal mask) V             H heads of width Dh = D/H
+          MLP(x) = W_2 gelu(W_1 x + b_1) + b_2,   logits = LayerNorm(x) W_e^T        the head is tied to W_e
+Shapes    tokens (B, T) -> x (B, T, D) -> logits (B, T, V)
+Omits     dropout on attention weights (on embeddings and residual branches it is here); GPT-3's alternating
+          locally banded sparse layers (its widths and depths are here).
+Run       python gpt.py    published sizes; then a tiny GPT learns the Zen of Python by heart: half a minute
+Test      pytest tests/test_gpt.py
+"""
+
+import argparse
+import codecs
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# --- 1. config ------------------------------------------------------------------------------
+
+@dataclass
+class GPTConfig:
+    """The sizes of a GPT; the defaults are GPT-2 small's.
+
+    ``d_ff`` None means 4 * d_model. ``dropout`` acts on the embeddings and on both residual branches.
+
+    Raises:
+        ValueError: if a size is not positive or ``n_heads`` does not divide ``d_model``.
+    """
+    vocab_size: int = 50257
+    context: int = 1024
+    n_layers: int = 12
+    n_heads: int = 12
+    d_model: int = 768
+    d_ff: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.d_ff = 4 * self.d_model if self.d_ff is None else self.d_ff
+        for name in ("vocab_size", "context", "n_layers", "n_heads", "d_model", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads must divide d_model, got {self.n_heads} heads and width {self.d_model}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Every query head has its own key and value head."""
+        return self.n_heads
+
+
+PRESETS = {  # GPT-2: Radford et al. 2019, table 2; GPT-3: Brown et al. 2020, table 2.1
+    "gpt2": GPTConfig(n_layers=12, n_heads=12, d_model=768),
+    "gpt2-medium": GPTConfig(n_layers=24, n_heads=16, d_model=1024),
+    "gpt2-large": GPTConfig(n_layers=36, n_heads=20, d_model=1280),
+    "gpt2-xl": GPTConfig(n_layers=48, n_heads=25, d_model=1600),
+    "gpt3-175b": GPTConfig(context=2048, n_layers=96, n_heads=96, d_model=12288),
+}
+
+
+def count_parameters(config: GPTConfig) -> int:
+    """Parameters of the model, the tied head counted once: V D + T D + L (4 D^2 + 2 D Dff + 9 D + Dff) + 2 D.
+
+    With Dff = 4 D a layer has 12 D^2 + 13 D.
+    """
+    D, Dff = config.d_model, config.d_ff
+    layer = 4 * D * D + 2 * D * Dff + 9 * D + Dff  # Q K V O and two MLP matrices; biases; two LayerNorms
+    return (config.vocab_size + config.context) * D + config.n_layers * layer + 2 * D
+
+
+def flops_per_token(config: GPTConfig, context: int | None = None) -> int:
+    """Floating-point operations of one training step per token, at 2 per multiply-add.
+
+    Forward 2 (L (4 D^2 + 2 D Dff) + V D) + 4 L T D, the last term for Q K^T and its product with V over all
+    T keys (a causal kernel may do half of it; the convention counts it whole); backward costs twice forward.
+    With a small head and T << D this is the familiar 6 N.
+
+    Args:
+        context: T, the length trained on; default ``config.context``.
+    """
+    T = config.context if context is None else context
+    D, Dff, L = config.d_model, config.d_ff, config.n_layers
+    forward = 2 * (L * (4 * D * D + 2 * D * Dff) + config.vocab_size * D) + 4 * L * T * D
+    return 3 * forward
+
+
+# --- 2. attention ---------------------------------------------------------------------------
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+    """softmax(Q K^T / sqrt(Dh)) V, with every matrix of the formula in sight.   Vaswani et al. 2017, eq. 1
+
+    The queries are the LAST T of the S positions: query t sees keys 0 .. S - T + t.
+
+    Args:
+        q: (B, H, T, Dh).   k, v: (B, H, S, Dh) with S >= T.
+
+    Returns:
+        (B, H, T, Dh)
+    """
+    T, S = q.size(-2), k.size(-2)
+    scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, H, T, S)
+    if is_causal and T > 1:
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return torch.softmax(scores, -1) @ v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+    """``naive_attention`` by torch's fused kernels; k and v may have fewer heads than q, if Hkv divides H."""
+    T, S = q.size(-2), k.size(-2)
+    mask = None
+    if is_causal and 1 < T < S:  # torch aligns its causal mask to the first key, not to the last
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal and T == S > 1,
+                                          enable_gqa=q.size(1) != k.size(1))
+
+
+class LayerCache:
+    """The keys and values that one layer has computed, each (B, H, max_len, Dh), and how many are in use."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v, self.length = k, v, 0
+        self.mask: Tensor | None = None  # (B, 1, T, S), True where a query may look; None: causal is enough
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, T, Dh) behind what is there; returns all of it, two views (B, H, S, Dh)."""
+        end = self.length + k.size(2)
+        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once, so that a decoding step computes one position only.
+
+    Prompts of different lengths share a batch by padding on the LEFT: all rows then end at the same slot.
+    Set ``padding`` (B,), the number of such slots per row, before the first call: positions are counted
+    from the first real token and no query looks at a padded key.
+    """
+
+    def __init__(self, n_layers: int, batch: int, n_kv_heads: int, max_len: int, d_head: int, device, dtype):
+        shape = (batch, n_kv_heads, max_len, d_head)
+        self.layers = [LayerCache(torch.empty(shape, device=device, dtype=dtype),
+                                  torch.empty(shape, device=device, dtype=dtype)) for _ in range(n_layers)]
+        self.padding: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Slots in use, padding included."""
+        return self.layers[0].length
+
+    @property
+    def max_len(self) -> int:
+        return self.layers[0].k.size(2)
+
+    def begin(self, T: int) -> int | Tensor:
+        """Make ready for T more tokens; returns the position of the first: one int, or (B,) if rows are padded.
+
+        Raises:
+            ValueError: if there is no room for T more.
+        """
+        S = self.length + T
+        if S > self.max_len:
+            raise ValueError(f"a cache of {self.max_len} slots holds {self.length} and has no room for {T} more")
+        if self.padding is None:
+            return self.length
+        slots = torch.arange(S, device=self.padding.device)
+        queries = slots[self.length:, None]  # (T, 1)
+        real = slots >= self.padding[:, None, None]  # (B, 1, S)
+        # A padded query looks at itself: with nothing to look at its softmax would be NaN, and NaN spreads.
+        mask = ((slots <= queries) & real | (slots == queries))[:, None]  # (B, 1, T, S)
+        for layer in self.layers:
+            layer.mask = mask
+        return self.length - self.padding
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` slots (what speculative decoding rejects)."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order and as often as they are named: finished rows leave, beams are copied."""
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[rows], layer.v[rows]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+
+
+# --- 3. the model ---------------------------------------------------------------------------
+
+class SelfAttention(nn.Module):
+    """Multi-head causal self-attention, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: GPTConfig, attention: Callable):
+        super().__init__()
+        self.d_head = config.d_model // config.n_heads
+        # Rows ordered head by head (q, k, v of head 0, then of head 1, ...): a cut between any two heads leaves
+        # two smaller layers of the same form, and the heads are recovered from the width that is there.
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+        self.attention = attention
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, 3, self.d_head))  # (B, T, H, 3, Dh)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each (B, H, T, Dh)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, Dh)
+        if cache is not None and cache.mask is not None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+        else:
+            y = self.attention(q, k, v, is_causal=True)  # (B, H, T, Dh)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU, (B, T, D) -> (B, T, D); GELU by GPT-2's tanh formula."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = nn.Linear(config.d_model, config.d_ff)
+        self.down = nn.Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer: x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: GPTConfig, attention: Callable):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.d_model)
+        self.attention = SelfAttention(config, attention)
+        self.norm2 = nn.LayerNorm(config.d_model)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, start: int | Tensor = 0, cache: LayerCache | None = None) -> Tensor:
+        """``start``, the first token's position, is unused: GPT's positions are all in the embedding."""
+        x = x + F.dropout(self.attention(self.norm1(x), cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """GPT-2 / GPT-3.
+
+    Args:
+        config: the sizes.
+        attention: ``attention(q, k, v, is_causal=True)`` as above; any exact implementation fits.
+        generator: source of the initial weights; None takes torch's global one.
+    """
+
+    # How tensor parallelism cuts each parameter: by output columns, by input rows, by vocabulary.
+    tp_plan = {"token_embedding.weight": "vocab",
+               "attention.qkv.weight": "column", "attention.qkv.bias": "column", "attention.out.weight": "row",
+               "mlp.up.weight": "column", "mlp.up.bias": "column", "mlp.down.weight": "row"}
+
+    def __init__(self, config: GPTConfig, attention: Callable = attention, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.context, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.initialise(generator)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Weights from N(0, 0.02^2), biases 0, LayerNorms (1, 0); Radford et al. 2018, section 4.1.
+
+        The 2 L projections that write into the residual stream get 0.02 / sqrt(2 L), so that its variance at
+        the top does not grow with depth: Radford et al. 2019, section 2.3.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif "norm" in name:
+                p.fill_(1.0)
+            else:
+                into_residual = name.endswith(("out.weight", "down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02
+                p.normal_(0.0, std, generator=generator)
+
+    def embed(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
+        """tokens (B, T) whose first position is ``start``, an int or (B,), -> x (B, T, D).
+
+        Raises:
+            ValueError: if tokens is not (B, T), or a position lies outside the context.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
+        T = tokens.size(1)
+        if isinstance(start, int):
+            if start + T > self.config.context:
+                raise ValueError(f"{T} tokens from position {start} do not fit a context of {self.config.context}")
+            positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
+        else:  # padded rows: the slots before the first real token have no position of their own
+            positions = (start[:, None] + torch.arange(T, device=tokens.device)).clamp(min=0)  # (B, T)
+            if positions.max() >= self.config.context:
+                raise ValueError(f"position {positions.max()} does not fit a context of {self.config.context}")
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def head(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> logits (B, T, V), by the same matrix that embeds the tokens."""
+        return F.linear(self.norm(x), self.token_embedding.weight)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) -> logits (B, T, V). With a cache, tokens are the ones that it does not hold yet."""
+        start = 0 if cache is None else cache.begin(tokens.size(1))
+        x = self.embed(tokens, start)
+        for i, block in enumerate(self.blocks):
+            x = block(x, start, None if cache is None else cache.layers[i])
+        return self.head(x)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for ``batch`` rows of up to ``max_len`` slots, on the model's device, in its dtype."""
+        weight, attention = self.token_embedding.weight, self.blocks[0].attention
+        n_heads = attention.qkv.out_features // (3 * attention.d_head)
+        return KVCache(len(self.blocks), batch, n_heads, max_len, attention.d_head, weight.device, weight.dtype)
+
+    # --- Hugging Face's format, both ways ---
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike, attention: Callable = attention) -> "GPT":
+        """Read a directory with ``config.json`` and ``model.safetensors`` (or shards of it).
+
+        Raises:
+            ValueError: if the directory is not a GPT-2 model of this form, or a tensor is missing or misshapen.
+        """
+        directory = Path(directory)
+        config = _read_config(directory)
+        with torch.device("meta"):  # nothing is drawn at random only to be overwritten
+            model = cls(config, attention)
+        theirs = {name.removeprefix("transformer."): w for name, w in _read_tensors(directory).items()}
+        state = {}
+        for name, p in model.named_parameters():
+            their_name = _hugging_face_name(name)
+            if their_name not in theirs:
+                raise ValueError(f"{directory}: tensor {their_name} is missing; is this a GPT-2 model?")
+            w = theirs[their_name].float()
+            if w.dim() == 2 and not name.endswith("embedding.weight"):
+                w = w.t()  # Hugging Face's Conv1D keeps (in, out)
+            if ".qkv." in name and w.size(0) == p.size(0):
+                w = w.unflatten(0, (3, config.n_heads, -1)).transpose(0, 1).flatten(0, 2)  # by head
+            if w.shape != p.shape:
+                raise ValueError(f"{directory}: {their_name} gives {tuple(w.shape)}, config.json says {tuple(p.shape)}")
+            state[name] = w.contiguous()
+        model.load_state_dict(state, assign=True)
+        return model.eval()  # as Hugging Face does: dropout is off until train()
+
+    def save_pretrained(self, directory: str | os.PathLike, eot: int | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` as transformers' ``GPT2LMHeadModel`` reads them.
+
+        Args:
+            eot: id of the end-of-text token; transformers stops generation at it.
+        """
+        save_file = _safetensors().torch.save_file
+        directory, config, tensors = Path(directory), self.config, {}
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, p in self.named_parameters():
+            w = p.detach().cpu()
+            if ".qkv." in name:
+                w = w.unflatten(0, (config.n_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            if w.dim() == 2 and not name.endswith("embedding.weight"):
+                w = w.t()
+            tensors["transformer." + _hugging_face_name(name)] = w.contiguous()
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "config.json").write_text(json.dumps({
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+            "vocab_size": config.vocab_size, "n_positions": config.context, "n_ctx": config.context,
+            "n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.d_model, "n_inner": config.d_ff,
+            "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": 0.0,
+            "layer_norm_epsilon": 1e-5, "bos_token_id": eot, "eos_token_id": eot, "tie_word_embeddings": True,
+        }, indent=2) + "\n")
+
+
+def _hugging_face_name(name: str) -> str:
+    for ours, theirs in (("token_embedding", "wte"), ("position_embedding", "wpe"), ("blocks", "h"), ("norm1", "ln_1"),
+                         ("norm2", "ln_2"), ("attention.qkv", "attn.c_attn"), ("attention.out", "attn.c_proj"),
+                         ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
+        name = name.replace(ours, theirs)
+    return name.replace("norm.", "ln_f.") if name.startswith("norm.") else name
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("this needs the safetensors package: pip install safetensors") from None
+    return safetensors
+
+
+def _read_config(directory: Path) -> GPTConfig:
+    try:
+        theirs = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} is no Hugging Face directory: no readable config.json ({error})") from None
+    # What this file does not compute it must not silently ignore.
+    for key, wanted in (("model_type", ("gpt2",)), ("activation_function", ("gelu_new", "gelu_pytorch_tanh")),
+                        ("layer_norm_epsilon", (1e-5,)), ("scale_attn_weights", (True,)),
+                        ("scale_attn_by_inverse_layer_idx", (False,)), ("tie_word_embeddings", (True,))):
+        if theirs.get(key, wanted[0]) not in wanted:
+            raise ValueError(f"{directory}: config.json has {key} = {theirs[key]!r}, GPT computes {wanted[0]!r}")
+    return GPTConfig(theirs.get("vocab_size", 50257), theirs.get("n_positions", 1024), theirs.get("n_layer", 12),
+                     theirs.get("n_head", 12), theirs.get("n_embd", 768), theirs.get("n_inner"),
+                     theirs.get("resid_pdrop", 0.1))
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    safetensors, tensors = _safetensors(), {}
+    for file in sorted(directory.glob("model*.safetensors")):  # one, or numbered shards
+        try:
+            tensors |= safetensors.torch.load_file(file)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file}: {error}; damaged or cut short, copy it again") from None
+    if not tensors:
+        raise ValueError(f"{directory}: no model*.safetensors is there")
+    return tensors
+
+
+# --- 4. loss --------------------------------------------------------------------------------
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log p(target) in nats: logits (B, T, V), targets (B, T) -> scalar. Computed in fp32."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+# --- 5. demo --------------------------------------------------------------------------------
+
+def main(steps: int, seed: int) -> None:
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            counted = sum(p.numel() for p in GPT(config).parameters())
+        print(f"{name:12} {counted:>15,} parameters ({count_parameters(config):,} by formula), "
+              f"{flops_per_token(config):.2e} FLOPs per training token")
+
+    with contextlib.redirect_stdout(io.StringIO()):  # importing `this` prints it
+        import this
+    text = torch.tensor(list(codecs.decode(this.s, "rot13").encode()))  # (856,) bytes
+    generator = torch.Generator().manual_seed(seed)
+    config = GPTConfig(vocab_size=128, context=64, n_layers=2, n_heads=4, d_model=128)
+    model = GPT(config, generator=generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    print(f"\nlearning {len(text)} bytes by heart with {count_parameters(config):,} parameters")
+    for step in range(steps):
+        starts = torch.randint(len(text) - config.context, (12, 1), generator=generator)
+        batch = text[starts + torch.arange(config.context + 1)]  # (12, T + 1)
+        loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        optimizer.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step:4}   loss {loss:.3f}" + f"   (expected ln V = {math.log(128):.3f})" * (step == 0))
+
+    model.eval()
+    tokens, cache, worst = text[None, :16], model.new_cache(1, config.context), 0.0
+    with torch.no_grad():
+        logits = model(tokens, cache)
+        while tokens.size(1) < config.context:
+            worst = max(worst, (logits[:, -1] - model(tokens)[:, -1]).abs().max().item())
+            tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)  # (1, T + 1)
+            logits = model(tokens[:, -1:], cache)
+    recited = bytes(tokens[0].tolist())
+    right = sum(a == b for a, b in zip(recited, text.tolist()))
+    print(f"recited: {recited.decode(errors='replace')!r}")
+    print(f"max |cached - uncached logits| = {worst:.1e};   {right} of {len(recited)} bytes right")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (default 0)")
+    main(**vars(parser.parse_args()))

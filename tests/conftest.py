@@ -1,0 +1,194 @@
+"""Shared by all tests: the import path, one thread per process, and two ways to run P ranks.
+
+    from conftest import run_ranks, spawn_ranks
+
+    run_ranks(4, fn, *args)      ranks are threads of this process: 0.1 s, closures allowed.
+                                 The default random generator is shared by all threads, so let fn draw from
+                                 a torch.Generator of its own, or make the random tensors before the call.
+    spawn_ranks(2, fn, *args)    ranks are processes, as torchrun starts them: about a second. fn and args are
+                                 pickled: fn is a module-level function.
+
+Both call fn(rank, *args) on every rank with torch.distributed initialised on gloo, and return the P
+results in rank order. An exception on a rank is raised again here, its message preceded by "rank r: ".
+"""
+
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+# The tests' tensors are small: a second thread costs more than it brings, and ranks share the cores.
+torch.set_num_threads(1)
+
+
+def _with_rank(error, rank):
+    """The same exception, its message preceded by the rank it comes from."""
+    error.args = (f"rank {rank}: {error}", *error.args[1:])
+    return error
+
+
+# --- ranks as threads -------------------------------------------------------------------------
+
+def run_ranks(P, fn, *args, timeout=60.0):
+    """[fn(0, *args), ..., fn(P - 1, *args)], every call in a thread with its own gloo process group.
+
+    Raises:
+        the exception of the rank that failed first; TimeoutError if a rank is not back in `timeout` seconds.
+    """
+    from torch.testing._internal.distributed import multi_threaded_pg
+
+    store, everyone_done = dist.HashStore(), threading.Barrier(P)
+    results, errors = [None] * P, []  # errors: (rank, exception), the first one first
+
+    def run(rank):
+        try:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=P,
+                                    timeout=timedelta(seconds=timeout))
+            results[rank] = fn(rank, *args)
+            everyone_done.wait(timeout)  # a group destroyed early would cut off ranks still talking to it
+        except threading.BrokenBarrierError:
+            pass  # another rank failed, and reports it
+        except BaseException as error:
+            errors.append((rank, error))
+            everyone_done.abort()
+            traceback.clear_frames(error.__traceback__)  # they hold the group, and with it its connections
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()  # closes the connections: ranks waiting for this one raise
+
+    deadline = time.monotonic() + timeout
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    multi_threaded_pg._install_threaded_pg()
+    try:
+        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(P)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive() and time.monotonic() < deadline:
+                thread.join(0.1)
+                if errors:  # the others can only fail: give them a moment to do so
+                    deadline = min(deadline, time.monotonic() + 2.0)
+        late = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+    finally:
+        multi_threaded_pg._uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    if errors:
+        rank, error = errors[0]
+        raise _with_rank(error, rank)
+    if late:
+        raise TimeoutError(f"ranks {late} of {P} not back after {timeout} s")
+    return results
+
+
+# --- ranks as processes -----------------------------------------------------------------------
+
+def _process(rank, P, port, timeout, init, call, connection):
+    """One rank: reports (True, result) or (False, (exception, traceback)), by value, pickled once."""
+    try:
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(P), LOCAL_WORLD_SIZE=str(P),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+                          TORCHELASTIC_USE_AGENT_STORE="True")  # the store is up, no rank has to host it
+        if init:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        fn, args = pickle.loads(call)
+        report = pickle.dumps((True, fn(rank, *args)))
+    except BaseException as error:
+        try:
+            report = pickle.dumps((False, (error, traceback.format_exc())))
+            pickle.loads(report)
+        except Exception:  # an exception that cannot be pickled
+            report = pickle.dumps((False, (RuntimeError(repr(error)), traceback.format_exc())))
+        connection.send_bytes(report)
+    else:
+        connection.send_bytes(report)
+        try:
+            connection.recv_bytes()  # alive until every rank is done: some may still be talking to this one
+        except EOFError:
+            pass
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def spawn_ranks(P, fn, *args, timeout=60.0, init=True, return_exceptions=False):
+    """[fn(0, *args), ..., fn(P - 1, *args)], every call in a process of its own.
+
+    Args:
+        timeout: seconds, for the whole and for every collective; then what is still running is killed.
+        init: False leaves init_process_group to fn; torchrun's environment (RANK, WORLD_SIZE, MASTER_PORT,
+            ...) is set in either case.
+        return_exceptions: put a rank's exception in its place in the list (ProcessLookupError for a rank
+            that died without a word) and wait for the others, instead of raising the first one at once.
+
+    Raises:
+        the exception of the rank that failed first; TimeoutError if a rank is not back in `timeout` seconds.
+    """
+    # A fork server that has imported torch: a fresh rank costs 0.1 s, and, unlike a fork of this process, it
+    # inherits no thread's lock. Only Unix has it.
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    if has_server:
+        context.set_forkserver_preload(["torch", "torch._dynamo"])  # every optimizer imports the latter
+    # Port 0: the system picks a free one, and the store keeps it, so nobody can take it in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    call = pickle.dumps((fn, args))
+    processes, ends = [], {}  # ends: our end of the pipe to a rank -> rank
+    deadline = time.monotonic() + timeout
+    results = {}
+    try:
+        for rank in range(P):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_process, daemon=True,
+                                      args=(rank, P, store.port, timeout, init, call, theirs))
+            process.start()
+            theirs.close()  # so that our end reports the end of file when the rank dies
+            processes.append(process)
+            ends[ours] = rank
+        while len(results) < P:
+            pending = [end for end, rank in ends.items() if rank not in results]
+            ready = wait(pending, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = [ends[end] for end in pending]
+                raise TimeoutError(f"ranks {late} of {P} not back after {timeout} s")
+            for end in ready:
+                rank = ends[end]
+                try:
+                    succeeded, result = pickle.loads(end.recv_bytes())
+                except (EOFError, ConnectionError):
+                    processes[rank].join(5.0)
+                    succeeded = False
+                    result = ProcessLookupError(f"died, exit code {processes[rank].exitcode}"), ""
+                if not succeeded:
+                    error, trace = result
+                    result = _with_rank(error, rank)
+                    result.__cause__ = RuntimeError("\n" + trace) if trace else None
+                    if not return_exceptions:
+                        raise result
+                results[rank] = result
+        return [results[rank] for rank in range(P)]
+    finally:
+        for end in ends:
+            end.close()
+        if len(results) < P:  # failed or late: no rank has a reason to go on
+            for process in processes:
+                process.kill()
+        for process in processes:
+            process.join(5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
