@@ -1,0 +1,247 @@
+"""Checkpoints: what is saved comes back, whatever is killed, cut, flipped, full or foreign."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import checkpoint
+from checkpoint import CheckpointError, latest, load, load_states, optimizer_state, save
+
+
+def net(seed=0, width=4):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+def optimizer_of(model):
+    decayed, others = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.05, fused=True)
+
+
+def step(model, optimizer, seed):
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def states(model, optimizer):
+    return {"model": dict(model.named_parameters()), "optimizer": optimizer_state(model, optimizer)}
+
+
+def saved_run(folder, steps=3, **arguments):
+    model = net()
+    optimizer = optimizer_of(model)
+    for i in range(steps):
+        step(model, optimizer, i)
+        path = save(folder, i + 1, states(model, optimizer), {"note": "π"}, **arguments)
+    return model, optimizer, path
+
+
+def test_resumed_training_is_bit_for_bit_the_unbroken_one(tmp_path):
+    model, optimizer, path = saved_run(tmp_path)
+    other = net(seed=9)
+    other_optimizer = optimizer_of(other)
+    found = load(latest(tmp_path))
+    assert found["meta"] == {"step": 3, "note": "π"}
+    load_states(other, other_optimizer, found)
+    for i in range(3, 6):
+        step(model, optimizer, i)
+        step(other, other_optimizer, i)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert all(torch.equal(a[key], b[key]) for (a, b) in zip(optimizer.state.values(), other_optimizer.state.values())
+               for key in a)
+
+
+def test_optimizer_states_match_torchs_own_state_dict(tmp_path):
+    model, optimizer, _ = saved_run(tmp_path)
+    other = net(seed=9)
+    other_optimizer = optimizer_of(other)
+    load_states(other, other_optimizer, load(latest(tmp_path)))
+    a, b = optimizer.state_dict(), other_optimizer.state_dict()
+    assert a["param_groups"] == b["param_groups"]
+    torch.testing.assert_close(a["state"], b["state"], atol=0, rtol=0)
+
+
+def test_files_of_the_caller_and_parts_on_their_own(tmp_path):
+    *_, path = saved_run(tmp_path, write_files=lambda folder: (folder / "words.txt").write_text("abc"))
+    assert (path / "words.txt").read_text() == "abc"
+    assert set(load(path, parts=("model",))) == {"meta", "model"}
+    assert set(load(path, parts=())) == {"meta"}
+    (path / "words.txt").write_text("abd")
+    with pytest.raises(CheckpointError, match="words.txt is damaged"):
+        load(path)
+
+
+@pytest.mark.parametrize("keep, names", [(1, [3]), (2, [2, 3]), (None, [1, 2, 3])])
+def test_keep_bounds_what_remains(tmp_path, keep, names):
+    saved_run(tmp_path, keep=keep)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{i:08d}" for i in names]
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    saved_run(tmp_path, steps=2)
+    model, _, path = saved_run(tmp_path, steps=2)
+    assert torch.equal(load(path)["model"]["0.weight"], model[0].weight)
+
+
+def test_a_later_step_sorts_later_beyond_eight_digits(tmp_path):
+    for number in (99_999_999, 100_000_000):
+        save(tmp_path, number, {"model": {}, "optimizer": {}}, {})
+    assert load(latest(tmp_path))["meta"]["step"] == 100_000_000
+
+
+@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "meta.json", "manifest.json"])
+def test_missing_truncated_and_flipped_files_are_refused_by_name(tmp_path, name):
+    *_, path = saved_run(tmp_path, keep=2)
+    file, good = path / name, (path / name).read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in [0, len(good) - 2, *torch.randint(len(good) - 2, (20,), generator=generator).tolist()]:
+        bad = bytearray(good)
+        bad[place] ^= 1 << (place % 8)
+        file.write_bytes(bad)
+        if name == "manifest.json" and bad.decode("utf-8", "replace").split() == good.decode().split():
+            continue  # white space between two entries says nothing
+        with pytest.raises(CheckpointError, match=r"(damaged|missing|bytes of|not readable).*go on from .*step-00000002"):
+            load(path)
+    for length in (0, 1, len(good) // 2, len(good) - 2):
+        file.write_bytes(good[:length])
+        with pytest.raises(CheckpointError, match="bytes of|not readable"):
+            load(path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="missing|not readable"):
+        load(path)
+    file.write_bytes(good)
+    load(path)
+
+
+def test_every_message_is_one_line(tmp_path):
+    *_, path = saved_run(tmp_path)
+    (path / "manifest.json").write_text('{"model.pt": 3}')
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_checkpoint_is_said_in_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        latest(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        latest(tmp_path / "nowhere")
+
+
+def test_another_models_checkpoint_is_refused_and_touches_nothing(tmp_path):
+    saved_run(tmp_path)
+    found = load(latest(tmp_path))
+    wide = net(width=5)
+    before = [p.clone() for p in wide.parameters()]
+    with pytest.raises(CheckpointError, match=r"another model: 0.weight is \(4, 3\) in it, \(5, 3\) here"):
+        load_states(wide, None, found)
+    with pytest.raises(CheckpointError, match="another model: only the model has 3.bias"):
+        load_states(nn.Sequential(*net(), nn.Linear(1, 1)), None, found)
+    with pytest.raises(CheckpointError, match="another model: only the checkpoint has 2.bias"):
+        load_states(net()[:2], None, found)
+    assert all(torch.equal(a, b) for a, b in zip(before, wide.parameters()))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    path = save(tmp_path, 1, {"model": {"w": Bomb()}, "optimizer": {}}, {})
+    with pytest.raises(CheckpointError, match="could run code"):
+        load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def _save_two_under_a_limit(folder: str) -> None:
+    save(folder, 1, {"model": {"w": torch.ones(10)}, "optimizer": {}}, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a disk with room for 100 KB more
+    try:
+        save(folder, 2, {"model": {"w": torch.ones(100_000)}, "optimizer": {}}, {})
+    except CheckpointError as error:
+        print(error)
+        sys.exit(2)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    code = f"import test_checkpoint; test_checkpoint._save_two_under_a_limit({str(tmp_path)!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent,
+                           env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert found.returncode == 2, found.stderr
+    assert "could not save" in found.stdout and "step-00000001 stays as it was" in found.stdout
+    assert found.stdout.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert load(latest(tmp_path))["meta"]["step"] == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not save .*none before it"):
+        save(tmp_path / "file", 1, {"model": {}, "optimizer": {}}, {})
+
+
+def test_killed_at_random_moments_the_last_checkpoint_is_whole(tmp_path):
+    save(tmp_path, 0, {"model": {"weight": torch.zeros(1)}, "optimizer": {}}, {})
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, checkpoint.__file__, "--save_for_ever", str(tmp_path)],
+                                 stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(0.2 * torch.rand((), generator=generator).item())
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        found = load(latest(tmp_path))
+        assert (found["model"]["weight"] == found["meta"]["step"]).all()
+        seen.append(found["meta"]["step"])
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (1, 1)], ids=["next step", "same step again"])
+def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_path, monkeypatch, steps):
+    """Stop the second save at its k-th operation on the file system, for every k that there is."""
+    class Killed(BaseException):
+        pass
+
+    def save_value(folder, step, value):
+        save(folder, step, {"model": {"w": torch.full((3,), value)}, "optimizer": {}}, {"value": value}, keep=1)
+
+    for k in range(1000):
+        folder, left = tmp_path / str(k), [k]
+        save_value(folder, steps[0], 1.0)
+
+        def stopping(function):
+            def wrapper(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return function(*args, **kwargs)
+            return wrapper
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((torch, "save"), (os, "fsync"), (os, "rmdir"), (os, "unlink"), (Path, "rename"),
+                                (Path, "write_text"), (Path, "mkdir")):
+                patch.setattr(owner, name, stopping(getattr(owner, name)))
+            try:
+                save_value(folder, steps[1], 2.0)
+                finished = True
+            except Killed:
+                finished = False
+        found = load(latest(folder))
+        assert (found["model"]["w"] == found["meta"]["value"]).all()
+        save_value(folder, 3, 3.0)
+        assert [path.name for path in folder.iterdir()] == ["step-00000003"], "leftovers are cleared away"
+        if finished:
+            break
+    assert finished and k > 15
