@@ -1,0 +1,141 @@
+"""Our training step beside a plain eager one: transformers' GPT2LMHeadModel with torch's AdamW, same size, same data.
+
+    python bench/train_step.py                 time of a step, both shapes, ours in fp32 and bf16
+    python bench/train_step.py --quality       held-out loss after 2,000 steps of each at the small shape
+    python bench/train_step.py --device cuda   the same on a GPU
+
+Every round times a few steps of each, in turn; the ratio is that of the medians over the rounds. The peer is what a
+public single-file trainer does: forward, cross-entropy, backward, clip, AdamW over two parameter groups, in fp32.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import gpt
+import tokenizer
+from config import TrainConfig, derive
+from train import Trainer, World, keep_freed_memory, pick_attention
+
+SHAPES = {"small": dict(context=64, n_layers=4, n_heads=4, d_model=128, batch=12),
+          "medium": dict(context=256, n_layers=6, n_heads=6, d_model=384, batch=8)}
+
+
+class Peer:
+    """The public way, in as few lines."""
+
+    def __init__(self, shape: dict, vocab_size: int, device: torch.device, lr: float, autocast: bool):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=shape["context"], n_embd=shape["d_model"],
+                                         n_layer=shape["n_layers"], n_head=shape["n_heads"], resid_pdrop=0.0,
+                                         embd_pdrop=0.0, attn_pdrop=0.0)
+        self.model = transformers.GPT2LMHeadModel(config).to(device)
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+        self.device, self.batch, self.autocast = device, shape["batch"], autocast
+
+    def loss(self, x, y):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = self.model(x).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+
+    def step(self, step: int, windows: data.TokenWindows) -> float:
+        x, y = (t.to(self.device) for t in windows.batch(step * self.batch, self.batch))
+        loss = self.loss(x, y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
+def ours(shape: dict, vocab_size: int, device: torch.device, lr: float, precision: str, steps: int) -> Trainer:
+    config = TrainConfig(**{k: v for k, v in shape.items() if k != "batch"}, batch_tokens=shape["batch"] * shape["context"],
+                         precision=precision, device=device.type, lr=lr, steps=steps, schedule="constant", warmup_steps=0)
+    config, _ = derive(config, 1, device.type, False)
+    sizes = gpt.GPTConfig(vocab_size, config.context, config.n_layers, config.n_heads, config.d_model)
+    model = gpt.GPT(sizes, pick_attention(device, config.context), torch.Generator().manual_seed(0)).to(device)
+    return Trainer(config, model, World(device=device))
+
+
+def time_steps(device: torch.device, rounds: int, vocab_size: int, slow_bf16: bool) -> None:
+    for name, shape in SHAPES.items():
+        windows = data.TokenWindows(np.random.RandomState(0).randint(0, vocab_size, 200_000).astype(np.uint16), shape["context"])
+        runs = {"peer fp32": Peer(shape, vocab_size, device, 1e-4, False),
+                "ours fp32": ours(shape, vocab_size, device, 1e-4, "fp32", 10**6)}
+        if slow_bf16 or device.type == "cuda" or torch.cpu._is_amx_tile_supported():
+            runs |= {"peer bf16": Peer(shape, vocab_size, device, 1e-4, True),
+                     "ours bf16": ours(shape, vocab_size, device, 1e-4, "bf16", 10**6)}
+        for run in runs.values():
+            for step in range(3):
+                run.step(step, windows)
+        steps, times = 3, {label: [] for label in runs}
+        for i in range(rounds):
+            for label, run in runs.items():
+                began = time.perf_counter()
+                for step in range(steps):
+                    run.step(step, windows)
+                times[label].append((time.perf_counter() - began) / steps)
+        peer = statistics.median(times["peer fp32"])
+        tokens = shape["batch"] * shape["context"]
+        for label, seconds in times.items():
+            median = statistics.median(seconds)
+            print(f"{name:7} {label}   {1000 * median:8.1f} ms   {tokens / median:10,.0f} tokens/s   "
+                  f"{median / peer:.2f} of the peer's fp32 step", flush=True)
+
+
+def compare_quality(device: torch.device, steps: int, precision: str) -> None:
+    documents, held_out = data.split_documents(data.default_documents())
+    encoding = tokenizer.train(documents, 1024)
+    eot = tokenizer.eot(encoding)
+    shape = SHAPES["small"]
+    train, validation = (data.TokenWindows(data.pack(d, lambda t: tokenizer.encode(encoding, t), eot, encoding.n_vocab),
+                                           shape["context"], shuffle=i == 0) for i, d in enumerate((documents, held_out)))
+    x, y = (t.to(device) for t in validation.batch(0, min(512, len(validation))))
+    results = {}
+    for label, run in (("peer fp32", Peer(shape, 1024, device, 1e-3, False)),
+                       (f"ours {precision}", ours(shape, 1024, device, 1e-3, precision, steps))):
+        for step in range(steps):
+            run.step(step, train)
+        model = run.model.eval()
+        with torch.no_grad():
+            logits = model(x)
+            logits = logits.logits if label.startswith("peer") else logits
+            results[label] = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").reshape(len(x), -1).mean(1)
+        print(f"{label}   held-out loss after {steps} steps {results[label].mean():.4f}", flush=True)
+    a, b = results.values()
+    print(f"ours - peer = {(b - a).mean():+.4f}, of which one standard error over the {len(x)} held-out windows is "
+          f"{((b - a).std() / len(x) ** 0.5):.4f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15, help="of a few steps each (default 15)")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="(default 1024)")
+    parser.add_argument("--quality", action="store_true", help="compare held-out loss instead of time")
+    parser.add_argument("--steps", type=int, default=2000, help="of --quality (default 2000)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of ours, for --quality")
+    parser.add_argument("--slow_bf16", action="store_true", help="time bf16 also where the hardware does not multiply it")
+    a = parser.parse_args()
+    device = torch.device(a.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
+        if Path("/proc/cpuinfo").exists() else platform.processor()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, {torch.get_num_threads()} threads")
+    compare_quality(device, a.steps, a.precision) if a.quality else time_steps(device, a.rounds, a.vocab_size, a.slow_bf16)

@@ -1,0 +1,391 @@
+"""Data parallelism: every rank holds the whole model and works on its own part of the batch.
+
+Idea      The gradient of a mean over the batch is the mean of the gradients of its parts. So P ranks start
+          from equal parameters, each runs backward on B/P of the samples, an all-reduce averages the
+          gradients, and all take the same optimizer step: the parameters never part.
+Formula   g = (1/P) sum_r g_r,  g_r the gradient of the mean loss over rank r's samples
+          ring all-reduce of n bytes: each rank sends 2 (P-1)/P n bytes       (Patarasuk & Yuan 2009)
+Shapes    n numbers -> P chunks of C = ceil(n/P); buckets are flat
+Omits     trees (log P rounds, better for short messages), sparse gradients, buffers kept in step after the
+          start (batch norm), compression.
+Run       python parallel.py                          2 processes on the CPU, about 10 s
+          torchrun --nproc_per_node 2 parallel.py     the same on ranks that torchrun starts
+          ends with "max |DP - one process| = ..."
+Test      pytest tests/test_parallel.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rank_and_size(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """(rank r of this process in the group, number of ranks P); (0, 1) without torch.distributed.
+
+    Raises ValueError if this process is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    rank, P = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(f"global rank {dist.get_rank()} is not in the group that it was given")
+    return rank, P
+
+
+def global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
+    """What send, recv and broadcast call the group's rank: they count over all processes."""
+    return dist.get_global_rank(dist.group.WORLD if group is None else group, rank)
+
+
+# --- 1. the collectives, from send and receive ------------------------------------------------------
+#
+# The ranks form a ring; in a round every rank sends one chunk to rank r+1 and receives one from r-1.
+#
+#   reduce-scatter  round s = 0 .. P-2:  r sends its partial sum of chunk r-s-1, receives one of chunk r-s-2
+#                   and adds its own part. Chunk c starts at rank c+1 and comes home to rank c complete.
+#   all-gather      round s = 0 .. P-2:  r sends chunk r-s, which came the round before, and receives r-s-1.
+#   all-reduce      the one, then the other.                                       (chunk numbers modulo P)
+#
+# Reduce-scatter with P = 3 and chunks a b c:
+#   round 0   0 sends c_0     1 sends a_1     2 sends b_2
+#   round 1   0 sends b_02    1 sends c_01    2 sends a_12     then 0 holds a_012, 1 b_012, 2 c_012
+
+def _shift(outgoing: Tensor, incoming: Tensor, group: dist.ProcessGroup | None) -> None:
+    """One round: send `outgoing` to rank r+1 while `incoming` is filled by rank r-1."""
+    rank, P = rank_and_size(group)
+    # Both directions at once: if every rank finished sending before it received, the ring would lock up.
+    for work in dist.batch_isend_irecv([
+            dist.P2POp(dist.isend, outgoing, global_rank(group, (rank + 1) % P), group),
+            dist.P2POp(dist.irecv, incoming, global_rank(group, (rank - 1) % P), group)]):
+        work.wait()
+
+
+@torch.no_grad()
+def ring_reduce_scatter(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Rank r's chunk of the sum over ranks. Each rank sends (P-1) C elements.
+
+    tensor: n elements, the same shape on every rank; not changed. Returns (C,), C = ceil(n/P): elements
+    r C .. (r+1) C - 1 of the flattened sum, zeros where that runs past n.
+    """
+    rank, P = rank_and_size(group)
+    chunks = tensor.new_zeros(P, math.ceil(tensor.numel() / P))  # (P, C)
+    chunks.view(-1)[:tensor.numel()] = tensor.reshape(-1)
+    arriving = torch.empty_like(chunks[0])
+    for s in range(P - 1):
+        _shift(chunks[(rank - s - 1) % P], arriving, group)
+        chunks[(rank - s - 2) % P] += arriving
+    return chunks[rank].clone()  # (C,)
+
+
+@torch.no_grad()
+def ring_all_gather(shard: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """All shards, stacked: (...), of one shape on every rank -> (P, ...). Each rank sends P-1 shards."""
+    rank, P = rank_and_size(group)
+    shards = shard.new_empty(P, *shard.shape)  # (P, ...)
+    shards[rank] = shard
+    for s in range(P - 1):
+        _shift(shards[(rank - s) % P], shards[(rank - s - 1) % P], group)
+    return shards
+
+
+def ring_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum over ranks, bit for bit the same on each: (...) -> (...). Sends 2 (P-1) C elements."""
+    total = ring_all_gather(ring_reduce_scatter(tensor, group), group)  # (P, C)
+    return total.view(-1)[:tensor.numel()].view(tensor.shape)
+
+
+# --- 2. data parallelism, as the formula reads -------------------------------------------------------
+
+@torch.no_grad()
+def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """After backward: p.grad <- (1/P) sum_r p.grad_r, one parameter after the other.
+
+    A parameter unused on this rank contributes zeros; one that no rank used gets zeros, not None.
+    """
+    _, P = rank_and_size(group)
+    for p in (p for p in model.parameters() if p.requires_grad):  # a tied parameter comes once
+        total = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        if p.grad is not None:
+            total.copy_(p.grad)  # gloo reads a strided tensor wrongly, and says nothing
+        if P > 1:
+            dist.all_reduce(total, group=group)
+        p.grad = total.div_(P)
+
+
+# --- 3. data parallelism, in buckets, while backward runs --------------------------------------------
+#
+# Many small all-reduces pay the latency many times, and leave the network idle during backward. So gradients
+# are copied into flat buckets, filled from the last layer to the first as backward delivers them, and a full
+# bucket travels while backward computes the next (Li et al. 2020, arXiv 2006.15704, section 3.2):
+#
+#   backward      layer 4 | layer 3 | layer 2 | layer 1 |
+#   all-reduce                      [ 4 and 3           ] [ 2 and 1          ] finish() returns
+#
+# Collectives have no names: the k-th call on one rank meets the k-th on the others. So buckets start in one
+# fixed order on every rank, and a full bucket waits for those before it.
+
+class _Bucket:
+    """A flat buffer: the gradients of some parameters, and behind them one flag for each, used or not."""
+
+    def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype):
+        sizes = [p.numel() for p in parameters]
+        self.flat = torch.ones(sum(sizes) + len(sizes), dtype=dtype, device=parameters[0].device)
+        *views, self.used = self.flat.split([*sizes, len(sizes)])
+        self.views = {p: view.view(p.shape) for p, view in zip(parameters, views)}
+        self.flags = dict(zip(parameters, self.used))
+        self.missing = set(parameters)  # whose gradient of this step is not in the bucket yet
+        self.work: dist.Work | None = None
+
+
+class DataParallel:
+    """Keeps P copies of a model equal: `loss.backward()`, `dp.finish()`, `optimizer.step()`, `zero_grad()`.
+
+    The model is not wrapped. At construction its parameters and buffers are copied from the group's first
+    rank, and hooks are put on the parameters that require a gradient. After `finish()`, p.grad is the reduced
+    gradient, a view of its bucket, or None if no rank used p. A group of one sends nothing. Accumulation:
+
+        with dp.no_sync():
+            for x, y in microbatches[:-1]:             # all but the last backward
+                loss(model(x), y).backward()
+        loss(model(x_last), y_last).backward()         # sends the accumulated gradients
+        dp.finish()                                    # once per step on EVERY rank, one without samples too
+
+    After an exception in backward that you survive (out of memory), call `finish()` all the same, to stay in
+    step with the other ranks, then `zero_grad()`: they have gone on with the part that this rank had.
+
+    Args:
+        model: the same on every rank.
+        group: the ranks that see different data; None for all.
+        bucket_mb: bucket size in 2^20 bytes; a larger parameter has a bucket of its own.
+        reduction: "mean" over ranks, for losses that are means over equally many samples, or "sum", for
+            losses already divided by the samples (tokens) of the whole batch: right for uneven parts.
+        grad_dtype: accumulate and reduce in this dtype, e.g. fp32 for bf16 parameters. p.grad cannot hold
+            that: it is None after backward, and `gradient(p)` has the result until the next backward.
+
+    Raises:
+        ValueError: on every rank, if models or settings differ between ranks; if no parameter requires a
+            gradient, bucket_mb is not positive or reduction unknown.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None, bucket_mb: float = 25.0,
+                 reduction: str = "mean", grad_dtype: torch.dtype | None = None):
+        if reduction not in ("mean", "sum") or not bucket_mb > 0:
+            raise ValueError('DataParallel needs reduction "mean" or "sum" and bucket_mb > 0, '
+                             f"got {reduction!r} and {bucket_mb}")
+        self.group, self.grad_dtype, (_, self.P) = group, grad_dtype, rank_and_size(group)
+        self.scale = 1 / self.P if reduction == "mean" else 1.0
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.P > 1:
+            self._start_equal(model, f"{bucket_mb=} {reduction=} {grad_dtype=}")
+        if not trained:
+            raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
+        self._sync, self._next, self._buckets = True, 0, []  # _next: the bucket whose turn it is
+        self._held: set[nn.Parameter] = set()  # with grad_dtype: whose view holds gradient of this step,
+        self._reduced: dict[nn.Parameter, Tensor] = {}  # and the results of the last
+        if self.P > 1 or grad_dtype is not None:
+            self._make_buckets(trained, bucket_mb * 2**20)
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
+        for p in self._bucket_of:
+            p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    @torch.no_grad()
+    def _start_equal(self, model: nn.Module, settings: str) -> None:
+        """Refuse models that would send different things (and hang), then copy the first rank's."""
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        lines = [settings] + [f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad=}" for name, t in tensors]
+        digests, everyone = [None] * self.P, [None] * self.P
+        dist.all_gather_object(digests, hashlib.sha256(repr(lines).encode()).hexdigest(), group=self.group)
+        if len(set(digests)) > 1:
+            dist.all_gather_object(everyone, lines, group=self.group)
+            rank = next(r for r in range(self.P) if everyone[r] != everyone[0])
+            pairs = itertools.zip_longest(everyone[0], everyone[rank], fillvalue="nothing")
+            first, other = next((a, b) for a, b in pairs if a != b)
+            raise ValueError(f"ranks differ: rank 0 of the group has [{first}], rank {rank} has [{other}]")
+        for _, t in tensors:
+            whole = t.detach().contiguous()
+            dist.broadcast(whole, global_rank(self.group, 0), group=self.group)
+            t.copy_(whole)
+
+    def _make_buckets(self, parameters: list[nn.Parameter], limit: float) -> None:
+        """Buckets of up to `limit` bytes, one dtype and device each, from the last parameter to the first."""
+        filling = {}  # (dtype, device) -> parameters
+        for p in reversed(parameters):
+            dtype, device = self.grad_dtype or p.dtype, p.device
+            members = filling.setdefault((dtype, device), [])
+            if members and sum(m.numel() for m in [*members, p]) * dtype.itemsize > limit:
+                self._buckets.append(_Bucket(members, dtype))
+                members = filling[dtype, device] = []
+            members.append(p)
+        self._buckets += [_Bucket(members, dtype) for (dtype, _), members in filling.items()]
+
+    @torch.no_grad()
+    def _on_gradient(self, p: nn.Parameter) -> None:
+        """Called by autograd as soon as p.grad is complete for this backward."""
+        bucket = self._bucket_of[p]
+        if p not in bucket.missing:
+            raise RuntimeError("this step's gradient was already sent: call finish() after the last "
+                               "backward() of a step, and run those before it under no_sync()")
+        if self.grad_dtype is not None:
+            view = bucket.views[p]
+            view.add_(p.grad) if p in self._held else view.copy_(p.grad)
+            self._held.add(p)
+            p.grad = None
+        if self._sync:
+            self._pack(bucket, p)
+            self._start_full_buckets()
+
+    def _pack(self, bucket: _Bucket, p: nn.Parameter) -> None:
+        """Put p's gradient, scaled, into its bucket, whose sum over ranks then is the result."""
+        view = bucket.views[p]
+        if p in self._held or p.grad is view:
+            view.mul_(self.scale)
+        elif p.grad is not None:
+            torch.mul(p.grad, self.scale, out=view)  # copied and scaled in one pass
+            p.grad = view
+        else:
+            view.zero_()
+            bucket.flags[p].zero_()
+        bucket.missing.remove(p)
+
+    def _start_full_buckets(self) -> None:
+        while self._next < len(self._buckets) and not self._buckets[self._next].missing:
+            if self.P > 1:
+                bucket = self._buckets[self._next]
+                bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+            self._next += 1
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the step's last backward: send what that has not, wait, and leave the reduced gradients.
+
+        Raises:
+            RuntimeError: from torch.distributed, if another rank died or is later than the group's time-out.
+        """
+        absent = []  # the parameters that this rank did not use
+        for bucket in self._buckets:
+            absent += [p for p in bucket.missing if p.grad is None and p not in self._held]
+            for p in list(bucket.missing):
+                self._pack(bucket, p)
+        self._start_full_buckets()
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+        # Only a rank without a gradient asks if others had it: reading a flag makes the CPU wait for the GPU.
+        unused = {p for p in absent if not self._bucket_of[p].flags[p].item()}
+        result = {p: bucket.views[p] for p, bucket in self._bucket_of.items() if p not in unused}
+        if self.grad_dtype is not None:
+            self._reduced = result
+        else:
+            for p, view in result.items():
+                p.grad = view
+        for bucket in self._buckets:
+            bucket.missing, bucket.work = set(bucket.views), None
+            bucket.used.fill_(1)
+        self._held, self._next = set(), 0
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients of the backward() calls inside are accumulated on this rank and not sent."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def gradient(self, p: nn.Parameter) -> Tensor | None:
+        """p's reduced gradient after `finish()`, in grad_dtype if that was given; None if no rank used p."""
+        return p.grad if self.grad_dtype is None else self._reduced.get(p)
+
+
+# --- 4. demo ----------------------------------------------------------------------------------------
+
+def _train(model: nn.Module, options: argparse.Namespace, part: slice, reduce=lambda: None) -> Tensor:
+    """Train the model on this rank's part of every batch; returns the losses (steps,)."""
+    teacher = torch.randn(options.width, 10, generator=torch.Generator().manual_seed(options.seed)).double()
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for step in range(options.steps):
+        draw = torch.Generator().manual_seed(options.seed + 1 + step)
+        x = torch.randn(options.batch, options.width, generator=draw).double()[part]  # (B/P, width)
+        loss = F.cross_entropy(model(x), (x @ teacher).argmax(-1))
+        loss.backward()
+        reduce()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> None:
+    """What every rank runs; rank 0 prints."""
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P)
+    say = print if rank == 0 else lambda *words: None
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    one = nn.Sequential(nn.Linear(options.width, options.width), nn.GELU(), nn.Linear(options.width, 10))
+    one.double()
+    naive, bucketed = copy.deepcopy(one), copy.deepcopy(one)
+    with torch.no_grad():
+        bucketed[0].weight += rank  # DataParallel has to bring the ranks together
+    dp = DataParallel(bucketed, bucket_mb=options.bucket_mb)
+    n = sum(p.numel() for p in one.parameters())
+    say(f"{P} ranks, {n:,} parameters in float64, batch {options.batch} = {P} x {options.batch // P}")
+
+    part = slice(rank * options.batch // P, (rank + 1) * options.batch // P)
+    losses_one = _train(one, options, slice(None))
+    losses_naive = ring_all_reduce(_train(naive, options, part, lambda: average_gradients(naive))) / P
+    losses_bucketed = ring_all_reduce(_train(bucketed, options, part, dp.finish)) / P
+    say("step   one process   average_gradients   DataParallel   (expected first: about ln 10 = 2.303)")
+    for step in sorted({0, options.steps // 2, options.steps - 1}):
+        say(f"{step:4d} {losses_one[step]:13.6f} {losses_naive[step]:19.6f} {losses_bucketed[step]:14.6f}")
+
+    sent, exchange = [], dist.batch_isend_irecv
+    dist.batch_isend_irecv = lambda round: sent.append(round[0].tensor.nbytes) or exchange(round)
+    ring_all_reduce(torch.zeros(n, dtype=torch.float64))
+    dist.batch_isend_irecv = exchange
+    say(f"ring all-reduce of {8 * n:,} bytes: each rank sent {sum(sent):,}, expected 2 (P-1)/P n = "
+        f"{2 * (P - 1) / P * 8 * n:,.0f}, rounded up to equal chunks")
+    error = max((a - b).abs().max().item() for model in (naive, bucketed)
+                for a, b in zip(one.parameters(), model.parameters()))
+    say(f"max |DP - one process| = {error:.1e} over all parameters after {options.steps} steps: "
+        + ("OK, below 1e-10" if error < 1e-10 else "WRONG, expected below 1e-10"))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=64, help="samples per step over all ranks")
+    parser.add_argument("--width", type=int, default=256, help="width of the network")
+    parser.add_argument("--bucket_mb", type=float, default=0.25, help="bucket size in 2^20 bytes")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
+    options = parser.parse_args()
+    P = int(os.environ.get("WORLD_SIZE", options.ranks))
+    if min(P, options.steps, options.batch, options.width) < 1 or not options.bucket_mb > 0:
+        parser.exit(2, "parallel.py: --ranks --steps --batch --width --bucket_mb must be positive\n")
+    if options.batch % P:
+        parser.exit(2, f"parallel.py: --batch {options.batch} must be a multiple of the {P} ranks\n")
+    if "RANK" in os.environ:  # torchrun has started this rank
+        return _demo(int(os.environ["RANK"]), P, options, "env://")
+    with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
+        torch.multiprocessing.spawn(_demo, (P, options, (Path(folder) / "ranks").as_uri()), nprocs=P)
+
+
+if __name__ == "__main__":
+    main()
