@@ -1,0 +1,232 @@
+"""The settings of a training run: defaults, presets, flags, and what follows from them.
+
+Idea      One flat dataclass is the only home of defaults. Its fields are the flags of train.py; a preset is a few
+          fields with other values; a field that is None is derived from the others, and the formula is printed.
+          A run is described by this and by its text alone, so a checkpoint carries it along.
+Formula   batch_tokens = dp * accumulation * micro_batch * context
+          The left side is what is learnt and is stated; the right side is who does it and is derived. A number of
+          processes that does not divide the batch is refused: it would quietly train something else.
+Shapes    no tensors here
+Omits     configuration files: a shell script with flags is one, and a checkpoint holds the whole of it.
+Run       python config.py --preset gpt2_124m --lr 3e-4    prints the settings that train.py would use
+Test      pytest tests/test_config.py
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """A setting that the user has to mend; the message is one line that says which and how."""
+
+
+# --- 1. the settings ------------------------------------------------------------------------
+
+def setting(default, help: str, choices: tuple = (), least: float | None = None, below: float | None = None):
+    """A field with what its flag needs: a help text, the values allowed."""
+    metadata = {"help": help, "choices": choices, "least": least, "below": below}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of a run; each field is a flag. None means derived: the formula is printed with the value."""
+
+    # the text
+    data: str | None = setting(None, "files to train on, e.g. 'my/*.txt' (.txt .md .jsonl[.gz] .warc.wet[.gz]); "
+                                     "derived: Python's own documentation")
+    held_out: float = setting(0.05, "share of the documents that is kept for validation", least=0, below=1)
+    tokenizer: str = setting("train", "'train' a vocabulary on the text, or a tiktoken name, or a file")
+    vocab_size: int = setting(4096, "size of the vocabulary to train, end-of-text included", least=257)
+    # the model
+    context: int = setting(128, "longest sequence, in tokens", least=1)
+    n_layers: int = setting(4, "blocks", least=1)
+    n_heads: int = setting(6, "attention heads per block", least=1)
+    d_model: int = setting(192, "width of the residual stream", least=1)
+    dropout: float = setting(0.0, "dropout on embeddings and residual branches", least=0, below=1)
+    # learning
+    steps: int = setting(600, "optimizer steps", least=0)
+    batch_tokens: int = setting(8192, "tokens per optimizer step, over all processes", least=1)
+    micro_batch: int | None = setting(None, "sequences per pass of one process; derived: as many as fit", least=1)
+    lr: float = setting(2e-3, "peak learning rate", least=0)
+    min_lr: float | None = setting(None, "learning rate at the end; derived: lr / 10", least=0)
+    warmup_steps: int | None = setting(None, "steps of linear warm-up; derived: steps / 20", least=0)
+    schedule: str = setting("cosine", "shape of the decay", ("cosine", "wsd", "constant"))
+    decay_steps: int | None = setting(None, "steps of decay at the end, for wsd; derived: steps / 5", least=1)
+    weight_decay: float = setting(0.1, "AdamW's decay, on matrices only", least=0)
+    beta1: float = setting(0.9, "AdamW's decay rate of the mean gradient", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay rate of the mean squared gradient", least=0, below=1)
+    clip: float = setting(1.0, "largest norm of the gradient; 0 turns clipping off", least=0)
+    seed: int = setting(0, "of initial weights, order of the data, dropout and samples", least=0, below=2**32)
+    # the machine
+    device: str | None = setting(None, "cpu, cuda or mps; derived: the best that is here")
+    precision: str | None = setting(None, "of forward and backward; derived: bf16 where the hardware multiplies it",
+                                    ("fp32", "bf16"))
+    dp: int | None = setting(None, "data-parallel processes; derived: all of them", least=1)
+    compile: bool = setting(False, "torch.compile the blocks: faster after a minute's wait")
+    timeout: int = setting(600, "seconds after which a silent process counts as lost", least=1)
+    # the run
+    out: str = setting("out/pretrain", "directory of checkpoints, metrics.jsonl and packed tokens")
+    resume: bool = setting(False, "go on from the newest checkpoint in --out, if there is one")
+    overwrite: bool = setting(False, "start again although --out holds a run: its checkpoints are deleted")
+    save_every: int | None = setting(None, "steps between checkpoints; derived: steps / 5", least=1)
+    keep: int = setting(2, "checkpoints that remain", least=1)
+    eval_every: int | None = setting(None, "steps between validations; derived: steps / 5", least=1)
+    eval_tokens: int = setting(65536, "held-out tokens per validation, at most", least=1)
+    samples: int = setting(3, "texts to print at the end", least=0)
+    sample_tokens: int = setting(80, "length of each", least=1)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least, below = getattr(self, field.name), field.metadata["least"], field.metadata["below"]
+            if value is None:
+                continue
+            if least is not None and not value >= least:
+                raise ConfigError(f"--{field.name} must be at least {least}, got {value}")
+            if below is not None and not value < below:
+                raise ConfigError(f"--{field.name} must be below {below}, got {value}")
+
+
+PRESETS = {
+    "tiny_cpu": {},  # the defaults: three minutes on two cores
+    # Sizes of Radford et al. 2019; learning rate and batch (0.5M tokens) of Brown et al. 2020, table 2.1; 10B tokens.
+    "gpt2_124m": dict(tokenizer="gpt2", context=1024, n_layers=12, n_heads=12, d_model=768, lr=6e-4, steps=19073,
+                      batch_tokens=2**19, warmup_steps=715, eval_every=250, eval_tokens=2**20, save_every=1000),
+    "gpt2_355m": dict(tokenizer="gpt2", context=1024, n_layers=24, n_heads=16, d_model=1024, lr=3e-4, steps=19073,
+                      batch_tokens=2**19, warmup_steps=715, eval_every=250, eval_tokens=2**20, save_every=1000),
+}
+
+# What a checkpoint fixes: with any of these changed a resumed run would be another one.
+FIXED_BY_CHECKPOINT = ("data", "held_out", "tokenizer", "vocab_size", "context", "n_layers", "n_heads", "d_model",
+                       "batch_tokens", "seed")
+
+
+# --- 2. flags -------------------------------------------------------------------------------
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but an error is one line for the caller to print, not a page of usage."""
+
+    def error(self, message: str):
+        raise ConfigError(message)
+
+
+def whole_number(text: str) -> int:
+    """int, also from 1e6 and 2**19."""
+    base, _, exponent = text.partition("**")
+    value = int(base) ** int(exponent) if exponent else float(text)
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def parse(arguments: list[str], description: str) -> tuple[TrainConfig, set[str]]:
+    """Command line -> (config, the names that flags or a preset gave). Precedence: defaults < preset < flags.
+
+    Raises:
+        ConfigError: for an unknown flag (with the nearest known one) or a value that cannot be.
+    """
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny_cpu", help="sizes to start from (default tiny_cpu)")
+    for field in dataclasses.fields(TrainConfig):
+        text = field.metadata["help"] + (f" (default {field.default})" if field.default is not None else "")
+        kind = {"int": whole_number, "float": float, "str": str}.get(_type_name(field))
+        if kind is None:
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=None,
+                                help=field.metadata["help"])
+        else:
+            parser.add_argument(f"--{field.name}", type=kind, help=text.replace("%", "%%"),
+                                choices=field.metadata["choices"] or None, metavar=_type_name(field).upper())
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        raise ConfigError(f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    flags = {name: value for name, value in vars(known).items() if value is not None and name != "preset"}
+    given = PRESETS[known.preset] | flags
+    return TrainConfig(**given), set(given)
+
+
+def _type_name(field: dataclasses.Field) -> str:
+    name = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    return str(name).removesuffix(" | None")
+
+
+def refuse_meaningless(config: TrainConfig, given: set[str]) -> None:
+    """Raise ConfigError for a setting that was given and means nothing beside the others."""
+    c = config
+    for name, means_something, reason in (
+            ("vocab_size", c.tokenizer == "train", f"the tokenizer {c.tokenizer!r} brings its own vocabulary"),
+            ("decay_steps", c.schedule == "wsd", f"only --schedule=wsd has it, this is {c.schedule}"),
+            ("min_lr", c.schedule != "constant", "a constant schedule has no end to go to"),
+            ("sample_tokens", c.samples > 0, "--samples=0 prints none"),
+            ("resume", not (c.resume and c.overwrite), "--overwrite starts again")):
+        if name in given and not means_something:
+            raise ConfigError(f"--{name} means nothing here: {reason}")
+
+
+# --- 3. what follows from the settings ------------------------------------------------------
+
+def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> tuple[TrainConfig, list[str]]:
+    """(config without None, the formulas to print), for so many processes on devices of this kind.
+
+    Raises:
+        ConfigError: for a batch that does not divide, naming the numbers and the nearest that would.
+    """
+    c, notes = dataclasses.replace(config), []
+
+    def fill(name: str, value, formula: str) -> None:
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+            shown = f"{value:g}" if isinstance(value, float) else value
+            notes.append(f"{name} = {shown} ({formula})")
+
+    fill("device", device, "the best that is here")
+    fill("precision", "bf16" if has_bf16 else "fp32", "bf16 where the hardware multiplies it")
+    fill("dp", processes, "all processes")
+    if c.dp != processes:
+        raise ConfigError(f"--dp={c.dp} needs {c.dp} processes, there are {processes}; "
+                          f"start them by torchrun --nproc_per_node={c.dp}")
+    sequences, rest = divmod(c.batch_tokens, c.context)
+    if rest or sequences % c.dp:
+        least = c.context * c.dp
+        raise ConfigError(f"--batch_tokens={c.batch_tokens} is no multiple of context * processes = "
+                          f"{c.context} * {c.dp}; the nearest is {max(1, round(c.batch_tokens / least)) * least}")
+    local = sequences // c.dp
+    most = max(1, 16384 // c.context)  # 16K tokens a pass keep any device busy and fit in 8 GB
+    fill("micro_batch", max(m for m in range(1, min(local, most) + 1) if local % m == 0),
+         f"the largest divisor of a process's {local} sequences with at most 16384 tokens")
+    if local % c.micro_batch:
+        raise ConfigError(f"--micro_batch={c.micro_batch} does not divide a process's {local} sequences "
+                          f"(batch_tokens {c.batch_tokens} / context {c.context} / {c.dp} processes)")
+    fill("min_lr", c.lr / 10, "lr / 10")
+    fill("warmup_steps", c.steps // 20, "steps / 20")
+    for name in ("decay_steps", "save_every", "eval_every"):
+        fill(name, max(1, c.steps // 5), "steps / 5")
+    notes.append(f"one step = {c.batch_tokens} tokens = {c.dp} processes * {local // c.micro_batch} accumulated "
+                 f"* {c.micro_batch} sequences * {c.context} tokens")
+    return c, notes
+
+
+# --- 4. demo --------------------------------------------------------------------------------
+
+def main(arguments: list[str]) -> int:
+    try:
+        config, given = parse(arguments, __doc__)
+        refuse_meaningless(config, given)
+        derived, notes = derive(config, config.dp or 1, config.device or "cpu", has_bf16=False)
+    except ConfigError as error:
+        print(f"config.py: {error}", file=sys.stderr)
+        return 2
+    for field in dataclasses.fields(derived):
+        origin = "given" if field.name in given else "derived" if getattr(config, field.name) is None else "default"
+        print(f"{field.name:14} {str(getattr(derived, field.name)):14} {origin:8} {field.metadata['help']}")
+    print("\n".join(notes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,461 @@
+"""Byte-pair encoding: a vocabulary learned from text.     Sennrich et al. 2016 (1508.07909), GPT-2 (2019)
+
+Idea      Start with the 256 bytes as tokens, so no text is unknown. Again and again make the most frequent
+          pair of neighbouring tokens a new token: frequent words end as one token, rare ones as several.
+          No token crosses a word; a regular expression splits text into words first (" the" is one).
+Formula   (a, b) = argmax over pairs of  sum over words w of  count(w) * #{i : (w_i, w_i+1) = (a, b)}
+          a b -> ab in every word, rank(ab) = number of tokens so far; repeat
+          encode: in each word merge the neighbours whose merge has the lowest rank, until none has one
+Shapes    n bytes of text -> ids in [0, n_vocab), about n / 4 of them in English -> the same n bytes
+Omits     merges across words, BPE-dropout, characters with an unknown token (Sennrich's own setting).
+Run       python tokenizer.py        CPU, 2 s; ends with "naive = fast: True (...), round trip: True (...)"
+          python tokenizer.py --data book.txt --out book.tiktoken
+Test      pytest tests/test_tokenizer.py
+"""
+
+import argparse
+import base64
+import hashlib
+import heapq
+import json
+import operator
+import os
+import random
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import regex  # tiktoken depends on it, so it is there; Python's own `re` lacks \p{L} and \p{N}
+import tiktoken
+
+# The words of GPT-2 and of GPT-4 (and Llama 3): contractions, letters, digits, other signs, blanks, with the
+# last blank before a word part of it. The published patterns in possessive form (++ never gives back).
+# Recent tiktoken's own cl100k_base tries \s++$ before \s*[\r\n]: there a final "\n  " is one word, not two.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+                r"|\s*[\r\n]|\s++$|\s+(?!\S)|\s")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")  # GPT-2's spelling and Llama 3's
+DOWNLOAD_SECONDS = 30
+
+
+# --- 1. the algorithm, as it reads --------------------------------------------------------------
+
+def count_words(texts: Iterable[str], pattern: str = GPT2_SPLIT) -> dict[bytes, int]:
+    """Each different word of the texts, in UTF-8, and how often it occurs.
+
+    Raises ValueError if ``texts`` is a single str, or ``pattern`` does not compile, captures groups, or
+    leaves out part of a text (tiktoken would drop it without a word).
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts must be an iterable of str, got one str; pass [text]")
+    try:
+        split = regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    if split.groups:
+        raise ValueError(f"pattern {pattern!r} captures {split.groups} group(s); write (?:...) for (...)")
+    counts: Counter[str] = Counter()
+    for text in map(_without_surrogates, texts):
+        words = split.findall(text)
+        covered = sum(map(len, words))
+        if covered < len(text):
+            raise ValueError(f"pattern {pattern!r} covers {covered} of {len(text)} characters; add |(?s:.)")
+        counts.update(words)
+    return {word.encode(): n for word, n in counts.items() if word}
+
+
+def _without_surrogates(text: str) -> str:
+    """Half a surrogate pair (JSON can hold one) has no UTF-8: U+FFFD instead, as tiktoken has it."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def train_bpe_naive(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT) -> dict[bytes, int]:
+    """Byte-pair ranks, all pairs counted anew each round.   Sennrich et al. 2016, Algorithm 1
+
+    A tie goes to the greatest pair in lexicographic order (bytes of the left token, then of the right), as in
+    the paper's own program. A pair that occurs once is merged like any other. No two pairs spell the same
+    token, as what lies between two borders of tokens has been merged alike everywhere: bytes identify it.
+
+    Args:
+        texts: documents; no word spans two of them.
+        vocab_size: ranks to learn, the 256 bytes included; special tokens are not.
+
+    Returns:
+        token -> rank, in order of rank, single bytes first. Fewer if every word has become one token.
+
+    Raises:
+        ValueError: if ``vocab_size`` is below 256, and as ``count_words``.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size {vocab_size} is below 256, the number of bytes")
+    words = {tuple(bytes([b]) for b in word): n for word, n in count_words(texts, pattern).items()}
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size:
+        pairs: Counter[tuple[bytes, bytes]] = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks[best[0] + best[1]] = len(ranks)
+        words = {_merge(word, best): n for word, n in words.items()}
+    return ranks
+
+
+def _merge(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes, ...]:
+    merged, i = [], 0
+    while i < len(word):
+        step = 2 if word[i:i + 2] == pair else 1
+        merged.append(b"".join(word[i:i + step]))
+        i += step
+    return tuple(merged)
+
+
+def encode_word_naive(ranks: dict[bytes, int], word: bytes) -> list[bytes]:
+    """The tokens of one word: merge the leftmost neighbours of lowest rank until none have one."""
+    parts = [bytes([b]) for b in word]
+    while True:
+        found = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
+        if not found:
+            return parts
+        i = min(found)[1]
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+# --- 2. the same ranks, fast --------------------------------------------------------------------
+
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT,
+              progress: Callable[[int, int], None] | None = None) -> dict[bytes, int]:
+    """The ranks of ``train_bpe_naive`` (arguments, result and errors too), touching only words that change.
+
+    A word is a str with one character chr(rank) per token, so that finding a pair is C code. Merging a b in
+    "l a b r" changes four counts: (l, a) and (b, r) lose what (l, ab) and (ab, r) gain. Pairs that gain go on
+    the heap; of those that lose the heap keeps the old count, too high, and corrects it when it comes up: the
+    first that is true is the maximum. ``progress(ranks so far, vocab_size)`` is called after each merge.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size {vocab_size} is below 256, the number of bytes")
+    word_counts = count_words(texts, pattern)
+    words = [word.decode("latin-1") for word in word_counts]  # character b for byte b
+    frequency = list(word_counts.values())
+    ranks = {bytes([b]): b for b in range(256)}
+    tokens = list(ranks)
+    # heapq pops the smallest, ties want the greatest: complement the bytes, and end each token with a
+    # character above every byte, as a prefix is the smaller. Two joined keys then compare like the pair.
+    keys = [chr(255 - b) + "\u0100" for b in range(256)]
+    counts: defaultdict[str, int] = defaultdict(int)
+    holders: defaultdict[str, list[int]] = defaultdict(list)  # pair -> words that hold it, or once did
+    for i, word in enumerate(words):
+        for pair in map("".join, zip(word, word[1:])):
+            counts[pair] += frequency[i]
+            holders[pair].append(i)
+    heap = [(-n, keys[ord(a)] + keys[ord(b)], a + b) for (a, b), n in counts.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < vocab_size:
+        negative, key, pair = heapq.heappop(heap)
+        if counts[pair] != -negative:
+            if counts[pair] > 0:
+                heapq.heappush(heap, (-counts[pair], key, pair))
+            continue
+        first, second = pair
+        new, token = chr(len(ranks)), tokens[ord(first)] + tokens[ord(second)]
+        ranks[token] = len(ranks)
+        tokens.append(token)
+        keys.append("".join(chr(255 - b) for b in token) + "\u0100")
+        gained: defaultdict[str, list[int]] = defaultdict(list)
+        for i in holders.pop(pair):
+            n = frequency[i]
+            left, found, right = words[i].partition(pair)
+            while found:  # one occurrence after the other, so the neighbour may be the one merged before
+                if left:
+                    counts[left[-1] + first] -= n
+                    counts[left[-1] + new] += n
+                    gained[left[-1] + new].append(i)
+                if right:
+                    counts[second + right[0]] -= n
+                    counts[new + right[0]] += n
+                    gained[new + right[0]].append(i)
+                between, found, right = right.partition(pair)
+                left += new + between
+            words[i] = left
+        counts[pair] = 0
+        holders |= gained
+        for a, b in gained:
+            if counts[a + b] > 0:
+                heapq.heappush(heap, (-counts[a + b], keys[ord(a)] + keys[ord(b)], a + b))
+        if progress:
+            progress(len(ranks), vocab_size)
+    return ranks
+
+
+def train(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT,
+          special_tokens: Sequence[str] = (END_OF_TEXT[0],), name: str = "bpe") -> tiktoken.Encoding:
+    """Learn an encoding whose n_vocab is ``vocab_size``: ranks first, special tokens last, in their order.
+
+    n_vocab is less where the text runs out of pairs. Raises ValueError as ``train_bpe``, or if a special
+    token is empty or repeated.
+    """
+    if isinstance(special_tokens, str) or len({*special_tokens, ""}) <= len(special_tokens):
+        raise ValueError(f"special_tokens must be a list of different, non-empty str, got {special_tokens!r}")
+    if vocab_size < 256 + len(special_tokens):
+        raise ValueError(f"vocab_size {vocab_size} is below 256 bytes + {len(special_tokens)} special tokens")
+    ranks = train_bpe(texts, vocab_size - len(special_tokens), pattern)
+    special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+# --- 3. text to ids and back --------------------------------------------------------------------
+
+def encode(encoding: tiktoken.Encoding, text: str, allow_special: bool = False) -> list[int]:
+    """The ids of a text. A special token that a document spells out stays text unless ``allow_special``,
+    which is for templates that the program itself wrote."""
+    if allow_special:
+        return encoding.encode(text, allowed_special="all")
+    # A million blanks in a row crash tiktoken's regular expressions, past any `except Exception`; such a text
+    # is split by `regex` instead. Half a million blanks fill one of these blocks.
+    if len(text) > 500_000 and any(text[i:i + 250_000].isspace() for i in range(0, len(text), 250_000)):
+        words = regex.findall(encoding._pat_str, _without_surrogates(text))
+        return [token for word in words for token in encoding._encode_single_piece(word)]
+    return encoding.encode_ordinary(text)
+
+
+def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
+    """The ids of any bytes: as text where they are UTF-8, else one id per byte. Inverse: ``decode_bytes``."""
+    tokens = []
+    # surrogateescape marks each byte b that is not UTF-8 with the character U+DC00 + b.
+    for part in regex.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape")):
+        if "\udc80" <= part[:1] <= "\udcff":
+            tokens += [encoding.encode_single_token(bytes([ord(mark) - 0xDC00])) for mark in part]
+        else:
+            tokens += encode(encoding, part)
+    return tokens
+
+
+def decode_bytes(encoding: tiktoken.Encoding, tokens: Iterable[int]) -> bytes:
+    """The bytes that ids stand for, special tokens as they are spelled. ValueError if an id has none."""
+    try:
+        return encoding.decode_bytes([int(token) for token in tokens])
+    except (KeyError, OverflowError) as error:
+        raise ValueError(f"no token of {encoding.name!r}, n_vocab {encoding.n_vocab}: {error}") from None
+
+
+def eot(encoding: tiktoken.Encoding) -> int:
+    """The id that ends a document, <|endoftext|> or <|end_of_text|>. ValueError if there is neither."""
+    for token in END_OF_TEXT:
+        if token in encoding.special_tokens_set:
+            return encoding.encode_single_token(token)
+    raise ValueError(f"{encoding.name!r} has neither {' nor '.join(END_OF_TEXT)} among its special tokens")
+
+
+# --- 4. files -----------------------------------------------------------------------------------
+
+def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
+    """Write ``path``, tiktoken's "base64 rank" lines, and ``path``.json: name, pattern, special tokens, and
+    the SHA-256 of ``path`` so that a mixed-up pair is noticed. Each is written beside and renamed: a kill
+    leaves whole files. ValueError if the folder does not exist."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such folder to save {path.name} in; make it first")
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    data = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
+    sidecar = {"name": encoding.name, "pattern": encoding._pat_str,
+               "special_tokens": encoding._special_tokens, "sha256": hashlib.sha256(data).hexdigest()}
+    for file, content in ((f"{path}.json", json.dumps(sidecar, indent=1).encode()), (path, data)):
+        beside = Path(f"{file}.{os.getpid()}.tmp")
+        beside.write_bytes(content)
+        os.replace(beside, file)
+
+
+def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
+    """An encoding by tiktoken's name ("gpt2", "cl100k_base"; ./gpt2 is a folder called so) or from disk:
+
+    - a rank file with the sidecar of ``save``;
+    - a rank file alone: of 128000 ranks, Llama 3's tokenizer.model; of 100256, cl100k_base; any other is
+      taken as GPT-2's kind, GPT2_SPLIT and <|endoftext|> on the first free id;
+    - GPT-2's vocab.json + merges.txt, by folder or by the path of either (my-vocab.json, my-merges.txt too).
+
+    Raises:
+        ValueError: one line with file, place and cure: missing, empty, cut short, of another kind,
+            contradicting itself; or a name that tiktoken neither has cached nor can download.
+    """
+    path = Path(name_or_path)
+    if name_or_path in tiktoken.list_encoding_names():
+        return _load_published(str(name_or_path))
+    if path.is_dir():
+        return _load_gpt2(path / "vocab.json", path / "merges.txt")
+    if path.name.endswith(("vocab.json", "merges.txt")):
+        prefix = path.name[:-10]  # both endings have ten characters
+        return _load_gpt2(path.with_name(prefix + "vocab.json"), path.with_name(prefix + "merges.txt"))
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; give one, a folder with vocab.json and merges.txt, or one of "
+                         + ", ".join(tiktoken.list_encoding_names()))
+    return _load_ranks(path)
+
+
+def _load_published(name: str) -> tiktoken.Encoding:
+    outcome: list = ["no answer"]
+
+    def fetch() -> None:
+        try:
+            outcome[0] = tiktoken.get_encoding(name)
+        except Exception as error:  # whatever the network raises
+            outcome[0] = type(error).__name__
+
+    # tiktoken downloads without a time limit; a thread that can be left behind gives it one.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if isinstance(outcome[0], tiktoken.Encoding):
+        return outcome[0]
+    raise ValueError(f"{name}: tiktoken has no copy and cannot download one ({outcome[0]}); point "
+                     "TIKTOKEN_CACHE_DIR to a filled cache, or give a vocabulary from disk")
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path}: {what}; the file is cut short, damaged or of another kind: copy it again")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; check the path") from None
+    if not data:
+        raise _damaged(path, "is empty")
+    return data
+
+
+def _load_ranks(path: Path) -> tiktoken.Encoding:
+    data, sidecar = _read(path), path.with_name(path.name + ".json")
+    ranks: dict[bytes, int] = {}
+    ids: set[int] = set()
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            encoded, rank = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank)
+            if token in ranks or rank in ids or not 0 <= rank < 2**31:
+                raise ValueError
+        except ValueError:  # binascii.Error is one
+            raise _damaged(path, f"line {number} is not a new token in base64 and a new rank") from None
+        ranks[token] = rank
+        ids.add(rank)
+    if not {bytes([b]) for b in range(256)} <= ranks.keys():
+        raise _damaged(path, f"its {len(ranks)} tokens lack some of the 256 single bytes")
+    if sidecar.exists():
+        content = _read(sidecar)
+        try:
+            fields = json.loads(content)
+            if fields["sha256"] != hashlib.sha256(data).hexdigest():
+                raise ValueError(f"sha256 is not that of {path.name}")
+            return tiktoken.Encoding(fields["name"], pat_str=fields["pattern"], mergeable_ranks=ranks,
+                                     special_tokens=fields["special_tokens"])
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise _damaged(sidecar, f"is not what save() wrote ({error!r})") from None
+    name, pattern, special = path.stem, GPT2_SPLIT, {END_OF_TEXT[0]: min(set(range(len(ids) + 1)) - ids)}
+    if len(ranks) == 128_000:
+        name, pattern = "llama3", CL100K_SPLIT
+        special = {token: 128_000 + i for i, token in enumerate(_llama3_special_tokens())}
+    elif path.name == "tokenizer.model":
+        raise _damaged(path, f"has {len(ranks)} ranks, Llama 3's has 128000")
+    elif len(ranks) == 100_256:
+        name, pattern = "cl100k_base", CL100K_SPLIT
+        special = {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
+                   "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def _llama3_special_tokens() -> list[str]:
+    """The 256 names of Llama 3, in order; 3.1 gave other names to some that are reserved here."""
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+    return ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
+            reserved[4], "<|eot_id|>", *reserved[5:]]
+
+
+def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
+    vocab_data, merges_data = _read(vocab_path), _read(merges_path)
+    # GPT-2 writes a byte as itself where Latin-1 shows it, else as the next character from U+0100 on.
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [b for b in range(256) if b not in shown]
+    byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    try:
+        vocab = json.loads(vocab_data)
+        if len({operator.index(i) for i in vocab.values()}) < len(vocab):
+            raise ValueError("two tokens share an id")
+        ranks = {bytes([byte]): vocab[character] for character, byte in byte_of.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _damaged(vocab_path, f"is no JSON table from token to id with all bytes ({error!r})") from None
+    last = -1
+    for number, line in enumerate(merges_data.decode("utf-8", "replace").splitlines(), 1):
+        if number == 1 and line.startswith("#version"):
+            continue
+        left, _, right = line.partition(" ")
+        if not {left, right, left + right} <= vocab.keys() or not set(left + right) <= byte_of.keys():
+            raise _damaged(merges_path, f"line {number} {line[:40]!r} merges no tokens of {vocab_path.name}")
+        if vocab[left + right] <= last:  # tiktoken has one number for both the id and the priority of a merge
+            raise ValueError(f"{merges_path}: line {number} is not in the order of ids in {vocab_path.name}, "
+                             "as tiktoken needs it; use the tokenizers library for this vocabulary")
+        ranks[bytes(byte_of[c] for c in left + right)] = last = vocab[left + right]
+    ids = set(ranks.values())
+    special = {token: i for token, i in vocab.items() if i not in ids}
+    strays = [token for token in special if token[:1] + token[-1:] not in ("<>", "[]")]
+    if strays:
+        raise _damaged(merges_path, f"makes not all tokens of {vocab_path.name}, not {strays[0]!r}")
+    return tiktoken.Encoding(vocab_path.absolute().parent.name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
+                             special_tokens=special)
+
+
+# --- 5. demo ------------------------------------------------------------------------------------
+
+def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | None) -> None:
+    split = {"gpt2": GPT2_SPLIT, "cl100k": CL100K_SPLIT}[pattern]
+    if data is None:
+        from pydoc_data.topics import topics  # 465 KB of English that every Python has
+        corpus = "\n\n".join(topics.values())
+    else:
+        try:
+            corpus = _read(Path(data)).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{data}: byte {error.start} is not UTF-8; convert the file first") from None
+    held_out, corpus = corpus[:len(corpus) // 10], corpus[len(corpus) // 10:]
+    encoding = train([corpus], vocab_size, split)
+    ranks = list(encoding._mergeable_ranks.items())
+    print(f"n_vocab = {encoding.n_vocab}   (expected {vocab_size}, fewer if the text runs out of pairs)")
+    print("first merges:", " ".join(repr(token.decode("utf-8", "replace")) for token, _ in ranks[256:268]))
+    print("bytes per token of the tenth of the text that was held out   (expected 1.00 at 256, then growing)")
+    for size in sorted({size for size in (256 << k for k in range(13)) if size < len(ranks)} | {len(ranks)}):
+        # The first ranks are what a shorter training would have learned.
+        smaller = tiktoken.Encoding("", pat_str=split, mergeable_ranks=dict(ranks[:size]), special_tokens={})
+        print(f"  {size:7d} ranks   {len(held_out.encode()) / max(1, len(encode(smaller, held_out))):.2f}")
+    print("tokens:", "|".join(encoding.decode([token]) for token in encode(encoding, text)))
+    document, end = f"a document that says {END_OF_TEXT[0]}", eot(encoding)
+    print(f"{document!r} has the control token {encode(encoding, document).count(end)} times (expected 0), "
+          f"with allow_special {encode(encoding, document, allow_special=True).count(end)} (expected 1)")
+    if out:
+        save(encoding, out)
+        same = encode(load(out), held_out) == encode(encoding, held_out)
+        print(f"saved {out} and {out}.json; loaded, they encode alike: {same}   (expected True)")
+    size, part = min(vocab_size, 400), [corpus[:40_000]]
+    naive, fast = train_bpe_naive(part, size, split), train_bpe(part, size, split)
+    equal = list(naive.items()) == list(fast.items())
+    noise = held_out.encode() + random.Random(0).randbytes(10_000)
+    exact = decode_bytes(encoding, encode_bytes(encoding, noise)) == noise
+    print(f"naive = fast: {equal} ({len(naive) - 256} merges), round trip: {exact} ({len(noise)} bytes)")
+
+
+if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--data", help="UTF-8 text file to learn from (default: the topics of Python's help)")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn, <|endoftext|> included")
+    parser.add_argument("--pattern", choices=("gpt2", "cl100k"), default="gpt2", help="what counts as a word")
+    parser.add_argument("--text", default="Tokenizers split uncommon words: antidisestablishmentarianism.",
+                        help="sentence to show as tokens")
+    parser.add_argument("--out", help="file to write the vocabulary to, say words.tiktoken")
+    try:
+        main(**vars(parser.parse_args()))
+    except ValueError as error:
+        print(f"tokenizer.py: {error}", file=sys.stderr)
+        sys.exit(2)
