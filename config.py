@@ -143,8 +143,9 @@ def parse(arguments: list[str], description: str) -> tuple[TrainConfig, set[str]
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        raise ConfigError(f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, flags, 1)
+        raise ConfigError(f"unknown flag {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
     flags = {name: value for name, value in vars(known).items() if value is not None and name != "preset"}
     given = PRESETS[known.preset] | flags
     return TrainConfig(**given), set(given)

@@ -21,10 +21,10 @@ import json
 import operator
 import os
 import random
-import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import regex  # tiktoken depends on it, so it is there; Python's own `re` lacks \p{L} and \p{N}
@@ -38,18 +38,18 @@ CL100K_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| 
                 r"|\s*[\r\n]|\s++$|\s+(?!\S)|\s")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")  # GPT-2's spelling and Llama 3's
 DOWNLOAD_SECONDS = 30
+# What reading a damaged JSON file can raise.
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 # --- 1. the algorithm, as it reads --------------------------------------------------------------
 
 def count_words(texts: Iterable[str], pattern: str = GPT2_SPLIT) -> dict[bytes, int]:
-    """Each different word of the texts, in UTF-8, and how often it occurs.
-
-    Raises ValueError if ``texts`` is a single str, or ``pattern`` does not compile, captures groups, or
-    leaves out part of a text (tiktoken would drop it without a word).
-    """
-    if isinstance(texts, str):
-        raise ValueError("texts must be an iterable of str, got one str; pass [text]")
+    """Each different word of the texts, in UTF-8, and how often it occurs. ValueError if ``texts`` is one
+    str, or ``pattern`` is no regular expression, captures groups, or leaves out part of a text (tiktoken
+    would drop it without a word)."""
+    if isinstance(texts, (str, bytes)):
+        raise ValueError(f"texts must be an iterable of str, got one {type(texts).__name__}; pass [text]")
     try:
         split = regex.compile(pattern)
     except regex.error as error:
@@ -72,21 +72,14 @@ def _without_surrogates(text: str) -> str:
 
 
 def train_bpe_naive(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT) -> dict[bytes, int]:
-    """Byte-pair ranks, all pairs counted anew each round.   Sennrich et al. 2016, Algorithm 1
+    """The ranks of ``vocab_size`` tokens, all pairs counted anew each round.   Sennrich et al., Algorithm 1
 
     A tie goes to the greatest pair in lexicographic order (bytes of the left token, then of the right), as in
     the paper's own program. A pair that occurs once is merged like any other. No two pairs spell the same
     token, as what lies between two borders of tokens has been merged alike everywhere: bytes identify it.
 
-    Args:
-        texts: documents; no word spans two of them.
-        vocab_size: ranks to learn, the 256 bytes included; special tokens are not.
-
-    Returns:
-        token -> rank, in order of rank, single bytes first. Fewer if every word has become one token.
-
-    Raises:
-        ValueError: if ``vocab_size`` is below 256, and as ``count_words``.
+    Returns token -> rank in order of rank, the 256 bytes first; fewer if every word has become one token.
+    Raises ValueError if ``vocab_size`` is below 256, and as ``count_words``.
     """
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size} is below 256, the number of bytes")
@@ -95,7 +88,7 @@ def train_bpe_naive(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_S
     while len(ranks) < vocab_size:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
         for word, n in words.items():
-            for pair in zip(word, word[1:]):
+            for pair in pairwise(word):
                 pairs[pair] += n
         if not pairs:
             break
@@ -118,7 +111,7 @@ def encode_word_naive(ranks: dict[bytes, int], word: bytes) -> list[bytes]:
     """The tokens of one word: merge the leftmost neighbours of lowest rank until none have one."""
     parts = [bytes([b]) for b in word]
     while True:
-        found = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
+        found = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
         if not found:
             return parts
         i = min(found)[1]
@@ -127,14 +120,13 @@ def encode_word_naive(ranks: dict[bytes, int], word: bytes) -> list[bytes]:
 
 # --- 2. the same ranks, fast --------------------------------------------------------------------
 
-def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT,
-              progress: Callable[[int, int], None] | None = None) -> dict[bytes, int]:
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT) -> dict[bytes, int]:
     """The ranks of ``train_bpe_naive`` (arguments, result and errors too), touching only words that change.
 
     A word is a str with one character chr(rank) per token, so that finding a pair is C code. Merging a b in
-    "l a b r" changes four counts: (l, a) and (b, r) lose what (l, ab) and (ab, r) gain. Pairs that gain go on
-    the heap; of those that lose the heap keeps the old count, too high, and corrects it when it comes up: the
-    first that is true is the maximum. ``progress(ranks so far, vocab_size)`` is called after each merge.
+    "l a b r" changes four counts: (l, a) and (b, r) lose what (l, ab) and (ab, r) gain. Only pairs with the
+    new token gain: they go on the heap. Of pairs that lose, the heap keeps the old count, too high, and
+    corrects it when it comes up: the first that is true is the maximum.
     """
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size} is below 256, the number of bytes")
@@ -149,14 +141,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT,
     counts: defaultdict[str, int] = defaultdict(int)
     holders: defaultdict[str, list[int]] = defaultdict(list)  # pair -> words that hold it, or once did
     for i, word in enumerate(words):
-        for pair in map("".join, zip(word, word[1:])):
+        for pair in map("".join, pairwise(word)):
             counts[pair] += frequency[i]
             holders[pair].append(i)
     heap = [(-n, keys[ord(a)] + keys[ord(b)], a + b) for (a, b), n in counts.items()]
     heapq.heapify(heap)
     while heap and len(ranks) < vocab_size:
-        negative, key, pair = heapq.heappop(heap)
-        if counts[pair] != -negative:
+        minus_count, key, pair = heapq.heappop(heap)
+        if counts[pair] != -minus_count:
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], key, pair))
             continue
@@ -166,38 +158,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT,
         tokens.append(token)
         keys.append("".join(chr(255 - b) for b in token) + "\u0100")
         gained: defaultdict[str, list[int]] = defaultdict(list)
-        for i in holders.pop(pair):
-            n = frequency[i]
-            left, found, right = words[i].partition(pair)
-            while found:  # one occurrence after the other, so the neighbour may be the one merged before
-                if left:
-                    counts[left[-1] + first] -= n
-                    counts[left[-1] + new] += n
-                    gained[left[-1] + new].append(i)
-                if right:
-                    counts[second + right[0]] -= n
-                    counts[new + right[0]] += n
-                    gained[new + right[0]].append(i)
-                between, found, right = right.partition(pair)
-                left += new + between
-            words[i] = left
+        for i in set(holders.pop(pair)):
+            n, parts = frequency[i], words[i].split(pair)
+            words[i] = new.join(parts)
+            left_was = left_is = ""
+            for before, after in pairwise(parts):  # between the two stood the pair
+                if before:
+                    left_was = left_is = before[-1]
+                if left_is:
+                    counts[left_was + first] -= n
+                    counts[left_is + new] += n
+                    gained[left_is + new].append(i)
+                if after:
+                    counts[second + after[0]] -= n
+                    counts[new + after[0]] += n
+                    gained[new + after[0]].append(i)
+                left_was, left_is = second, new  # what the next pair has to its left if nothing is between
         counts[pair] = 0
         holders |= gained
         for a, b in gained:
             if counts[a + b] > 0:
                 heapq.heappush(heap, (-counts[a + b], keys[ord(a)] + keys[ord(b)], a + b))
-        if progress:
-            progress(len(ranks), vocab_size)
     return ranks
 
 
 def train(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT,
           special_tokens: Sequence[str] = (END_OF_TEXT[0],), name: str = "bpe") -> tiktoken.Encoding:
-    """Learn an encoding whose n_vocab is ``vocab_size``: ranks first, special tokens last, in their order.
-
-    n_vocab is less where the text runs out of pairs. Raises ValueError as ``train_bpe``, or if a special
-    token is empty or repeated.
-    """
+    """Learn an encoding whose n_vocab is ``vocab_size``, less if the text runs out of pairs: ranks first,
+    special tokens last. ValueError as ``train_bpe``, or if a special token is empty or repeated."""
     if isinstance(special_tokens, str) or len({*special_tokens, ""}) <= len(special_tokens):
         raise ValueError(f"special_tokens must be a list of different, non-empty str, got {special_tokens!r}")
     if vocab_size < 256 + len(special_tokens):
@@ -214,8 +202,8 @@ def encode(encoding: tiktoken.Encoding, text: str, allow_special: bool = False) 
     which is for templates that the program itself wrote."""
     if allow_special:
         return encoding.encode(text, allowed_special="all")
-    # A million blanks in a row crash tiktoken's regular expressions, past any `except Exception`; such a text
-    # is split by `regex` instead. Half a million blanks fill one of these blocks.
+    # A million blanks in a row overflow the stack of tiktoken's regular expressions; such a text is split by
+    # `regex` instead. Half a million blanks fill one of these blocks.
     if len(text) > 500_000 and any(text[i:i + 250_000].isspace() for i in range(0, len(text), 250_000)):
         words = regex.findall(encoding._pat_str, _without_surrogates(text))
         return [token for word in words for token in encoding._encode_single_piece(word)]
@@ -224,21 +212,19 @@ def encode(encoding: tiktoken.Encoding, text: str, allow_special: bool = False) 
 
 def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
     """The ids of any bytes: as text where they are UTF-8, else one id per byte. Inverse: ``decode_bytes``."""
-    tokens = []
     # surrogateescape marks each byte b that is not UTF-8 with the character U+DC00 + b.
-    for part in regex.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape")):
-        if "\udc80" <= part[:1] <= "\udcff":
-            tokens += [encoding.encode_single_token(bytes([ord(mark) - 0xDC00])) for mark in part]
-        else:
-            tokens += encode(encoding, part)
+    parts = regex.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape"))  # text, mark, text, ...
+    tokens = encode(encoding, parts[0])
+    for mark, text in zip(parts[1::2], parts[2::2]):
+        tokens += [encoding.encode_single_token(bytes([ord(mark) - 0xDC00])), *encode(encoding, text)]
     return tokens
 
 
 def decode_bytes(encoding: tiktoken.Encoding, tokens: Iterable[int]) -> bytes:
     """The bytes that ids stand for, special tokens as they are spelled. ValueError if an id has none."""
     try:
-        return encoding.decode_bytes([int(token) for token in tokens])
-    except (KeyError, OverflowError) as error:
+        return encoding.decode_bytes([operator.index(token) for token in tokens])
+    except (KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"no token of {encoding.name!r}, n_vocab {encoding.n_vocab}: {error}") from None
 
 
@@ -255,7 +241,7 @@ def eot(encoding: tiktoken.Encoding) -> int:
 def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
     """Write ``path``, tiktoken's "base64 rank" lines, and ``path``.json: name, pattern, special tokens, and
     the SHA-256 of ``path`` so that a mixed-up pair is noticed. Each is written beside and renamed: a kill
-    leaves whole files. ValueError if the folder does not exist."""
+    leaves whole files. ValueError if the folder does not exist, OSError if it cannot be written to."""
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder to save {path.name} in; make it first")
@@ -265,8 +251,11 @@ def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
                "special_tokens": encoding._special_tokens, "sha256": hashlib.sha256(data).hexdigest()}
     for file, content in ((f"{path}.json", json.dumps(sidecar, indent=1).encode()), (path, data)):
         beside = Path(f"{file}.{os.getpid()}.tmp")
-        beside.write_bytes(content)
-        os.replace(beside, file)
+        try:
+            beside.write_bytes(content)
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
@@ -275,23 +264,21 @@ def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
     - a rank file with the sidecar of ``save``;
     - a rank file alone: of 128000 ranks, Llama 3's tokenizer.model; of 100256, cl100k_base; any other is
       taken as GPT-2's kind, GPT2_SPLIT and <|endoftext|> on the first free id;
-    - GPT-2's vocab.json + merges.txt, by folder or by the path of either (my-vocab.json, my-merges.txt too).
+    - GPT-2's vocab.json + merges.txt, by their folder or by the path of either.
 
-    Raises:
-        ValueError: one line with file, place and cure: missing, empty, cut short, of another kind,
-            contradicting itself; or a name that tiktoken neither has cached nor can download.
+    Raises ValueError, one line with file, place and cure: missing, empty, cut short, of another kind,
+    contradicting itself; or a name that tiktoken neither has cached nor can download.
     """
     path = Path(name_or_path)
     if name_or_path in tiktoken.list_encoding_names():
         return _load_published(str(name_or_path))
-    if path.is_dir():
+    if path.name in ("vocab.json", "merges.txt"):
+        path = path.parent
+    if os.path.isdir(path):
         return _load_gpt2(path / "vocab.json", path / "merges.txt")
-    if path.name.endswith(("vocab.json", "merges.txt")):
-        prefix = path.name[:-10]  # both endings have ten characters
-        return _load_gpt2(path.with_name(prefix + "vocab.json"), path.with_name(prefix + "merges.txt"))
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; give one, a folder with vocab.json and merges.txt, or one of "
-                         + ", ".join(tiktoken.list_encoding_names()))
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file; give a file, a folder with vocab.json and merges.txt, or one "
+                         f"of {', '.join(tiktoken.list_encoding_names())}")
     return _load_ranks(path)
 
 
@@ -332,7 +319,7 @@ def _load_ranks(path: Path) -> tiktoken.Encoding:
     data, sidecar = _read(path), path.with_name(path.name + ".json")
     ranks: dict[bytes, int] = {}
     ids: set[int] = set()
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(data.rstrip().splitlines(), 1):
         try:
             encoded, rank = line.split()
             token, rank = base64.b64decode(encoded, validate=True), int(rank)
@@ -352,26 +339,21 @@ def _load_ranks(path: Path) -> tiktoken.Encoding:
                 raise ValueError(f"sha256 is not that of {path.name}")
             return tiktoken.Encoding(fields["name"], pat_str=fields["pattern"], mergeable_ranks=ranks,
                                      special_tokens=fields["special_tokens"])
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+        except MALFORMED as error:
             raise _damaged(sidecar, f"is not what save() wrote ({error!r})") from None
     name, pattern, special = path.stem, GPT2_SPLIT, {END_OF_TEXT[0]: min(set(range(len(ids) + 1)) - ids)}
-    if len(ranks) == 128_000:
-        name, pattern = "llama3", CL100K_SPLIT
-        special = {token: 128_000 + i for i, token in enumerate(_llama3_special_tokens())}
+    if len(ranks) == 128_000:  # of Llama 3's special tokens, 3.1 renamed some that are reserved here
+        reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+        names = ["<|begin_of_text|>", END_OF_TEXT[1], *reserved[:4], "<|start_header_id|>",
+                 "<|end_header_id|>", reserved[4], "<|eot_id|>", *reserved[5:]]
+        name, pattern, special = "llama3", CL100K_SPLIT, {token: 128_000 + i for i, token in enumerate(names)}
     elif path.name == "tokenizer.model":
         raise _damaged(path, f"has {len(ranks)} ranks, Llama 3's has 128000")
     elif len(ranks) == 100_256:
         name, pattern = "cl100k_base", CL100K_SPLIT
-        special = {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
+        special = {END_OF_TEXT[0]: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
                    "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def _llama3_special_tokens() -> list[str]:
-    """The 256 names of Llama 3, in order; 3.1 gave other names to some that are reserved here."""
-    reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-    return ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
-            reserved[4], "<|eot_id|>", *reserved[5:]]
 
 
 def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
@@ -382,13 +364,14 @@ def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
     byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
     try:
         vocab = json.loads(vocab_data)
-        if len({operator.index(i) for i in vocab.values()}) < len(vocab):
-            raise ValueError("two tokens share an id")
+        ids = {operator.index(i) for i in vocab.values()}
+        if len(ids) < len(vocab) or min(ids) < 0 or max(ids) >= 2**31:
+            raise ValueError("two tokens share an id, or an id is out of range")
         ranks = {bytes([byte]): vocab[character] for character, byte in byte_of.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except MALFORMED as error:
         raise _damaged(vocab_path, f"is no JSON table from token to id with all bytes ({error!r})") from None
     last = -1
-    for number, line in enumerate(merges_data.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(merges_data.decode("utf-8", "replace").rstrip().splitlines(), 1):
         if number == 1 and line.startswith("#version"):
             continue
         left, _, right = line.partition(" ")
@@ -398,11 +381,11 @@ def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
             raise ValueError(f"{merges_path}: line {number} is not in the order of ids in {vocab_path.name}, "
                              "as tiktoken needs it; use the tokenizers library for this vocabulary")
         ranks[bytes(byte_of[c] for c in left + right)] = last = vocab[left + right]
-    ids = set(ranks.values())
-    special = {token: i for token, i in vocab.items() if i not in ids}
-    strays = [token for token in special if token[:1] + token[-1:] not in ("<>", "[]")]
-    if strays:
-        raise _damaged(merges_path, f"makes not all tokens of {vocab_path.name}, not {strays[0]!r}")
+    made = set(ranks.values())
+    special = {token: i for token, i in vocab.items() if i not in made}
+    for token in special:
+        if token[:1] + token[-1:] not in ("<>", "[]"):  # what special tokens look like
+            raise _damaged(merges_path, f"makes not all tokens of {vocab_path.name}, not {token!r}")
     return tiktoken.Encoding(vocab_path.absolute().parent.name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                              special_tokens=special)
 
@@ -410,7 +393,7 @@ def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
 # --- 5. demo ------------------------------------------------------------------------------------
 
 def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | None) -> None:
-    split = {"gpt2": GPT2_SPLIT, "cl100k": CL100K_SPLIT}[pattern]
+    split = GPT2_SPLIT if pattern == "gpt2" else CL100K_SPLIT
     if data is None:
         from pydoc_data.topics import topics  # 465 KB of English that every Python has
         corpus = "\n\n".join(topics.values())
@@ -425,15 +408,15 @@ def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | 
     print(f"n_vocab = {encoding.n_vocab}   (expected {vocab_size}, fewer if the text runs out of pairs)")
     print("first merges:", " ".join(repr(token.decode("utf-8", "replace")) for token, _ in ranks[256:268]))
     print("bytes per token of the tenth of the text that was held out   (expected 1.00 at 256, then growing)")
-    for size in sorted({size for size in (256 << k for k in range(13)) if size < len(ranks)} | {len(ranks)}):
+    for size in [*(256 << k for k in range(13) if 256 << k < len(ranks)), len(ranks)]:
         # The first ranks are what a shorter training would have learned.
         smaller = tiktoken.Encoding("", pat_str=split, mergeable_ranks=dict(ranks[:size]), special_tokens={})
         print(f"  {size:7d} ranks   {len(held_out.encode()) / max(1, len(encode(smaller, held_out))):.2f}")
     print("tokens:", "|".join(encoding.decode([token]) for token in encode(encoding, text)))
-    document, end = f"a document that says {END_OF_TEXT[0]}", eot(encoding)
-    print(f"{document!r} has the control token {encode(encoding, document).count(end)} times (expected 0), "
-          f"with allow_special {encode(encoding, document, allow_special=True).count(end)} (expected 1)")
-    if out:
+    plain, control = (encode(encoding, END_OF_TEXT[0], allow_special=allow) for allow in (False, True))
+    print(f"{END_OF_TEXT[0]} in a document: {len(plain)} tokens of text; in a template: {control}   "
+          f"(expected more than 1; [{eot(encoding)}])")
+    if out is not None:
         save(encoding, out)
         same = encode(load(out), held_out) == encode(encoding, held_out)
         print(f"saved {out} and {out}.json; loaded, they encode alike: {same}   (expected True)")
@@ -446,8 +429,8 @@ def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | 
 
 
 if __name__ == "__main__":
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--data", help="UTF-8 text file to learn from (default: the topics of Python's help)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn, <|endoftext|> included")
     parser.add_argument("--pattern", choices=("gpt2", "cl100k"), default="gpt2", help="what counts as a word")
@@ -456,6 +439,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", help="file to write the vocabulary to, say words.tiktoken")
     try:
         main(**vars(parser.parse_args()))
+    except KeyboardInterrupt:
+        parser.exit(130)
     except ValueError as error:
-        print(f"tokenizer.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"cannot write: {error}; make room, or name another file")

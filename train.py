@@ -115,8 +115,12 @@ def join(config: TrainConfig) -> World:
         torch.set_num_threads(max(1, cores // local_size))
         keep_freed_memory()
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                                timeout=timedelta(seconds=config.timeout))
+        wait = timedelta(seconds=config.timeout)
+        store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun restarts with the store of the attempt before, where the addresses of the dead still stand.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     return World(rank, size, local_rank, device)
 
 
@@ -267,7 +271,8 @@ class Trainer:
 
     def _compile(self) -> None:
         """Compile each block in place (parameter names stay); whatever goes wrong, the run goes on without."""
-        tokens = torch.zeros(1, self.config.context, dtype=torch.long, device=self.world.device)
+        shape = self.config.micro_batch, self.config.context
+        tokens = torch.zeros(shape, dtype=torch.long, device=self.world.device)
         try:
             for block in self.working.blocks:
                 block.compile()
@@ -337,7 +342,8 @@ class Trainer:
         mine = next((start for start, loss in losses.items() if not loss.isfinite()), None)
         for rank, start in enumerate(self.world.gather(mine)):
             if start is not None:
-                return f"the loss is not finite on rank {rank}, examples {start} to {start + self.config.micro_batch - 1}"
+                last = start + self.config.micro_batch - 1
+                return f"the loss is not finite on rank {rank}, examples {start} to {last}"
         return "the loss is finite, but the gradient is not"
 
     @torch.no_grad()
@@ -355,10 +361,10 @@ class Trainer:
 
 def measure_peak(world: World, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, on all processes at once, summed: what MFU is measured against."""
-    n = 4096 if world.device.type == "cuda" else 1024
+    n = 4096 if world.device.type == "cuda" else 768
     a, b = (torch.randn(n, n, device=world.device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(6):
+    times: list[float] = []
+    while len(times) < 10 and sum(times) < 0.5:
         began = time.perf_counter()
         (a @ b)[0, 0].item()  # reading a number waits for the device
         times.append(time.perf_counter() - began)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -87,6 +89,8 @@ def test_sharded_weights_are_read(tmp_path):
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     x = tokens_of(1, 5)
     torch.testing.assert_close(GPT.from_pretrained(tmp_path / "shards")(x), theirs(x).logits, atol=1e-5, rtol=1e-5)
+    tiny().save_pretrained(tmp_path / "shards")  # the new file beside the shards of another model
+    assert torch.equal(GPT.from_pretrained(tmp_path / "shards")(x), tiny()(x))
 
 
 def test_first_losses_of_training_match_transformers(tmp_path):
@@ -191,6 +195,12 @@ def test_truncated_and_selected_cache_goes_on_as_if_nothing_had_been():
     torch.testing.assert_close(model(x[[1, 1, 0], 5:8], cache), model(x[[1, 1, 0], :8])[:, 5:], atol=1e-12, rtol=0)
 
 
+def test_a_batch_of_another_size_than_the_caches_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="a cache of 3 rows cannot take a batch of 1"):
+        model(tokens_of(1, 2), model.new_cache(3, 4))
+
+
 def test_a_full_cache_and_a_full_context_are_refused():
     model = tiny()
     cache = model.new_cache(1, 4)
@@ -201,7 +211,7 @@ def test_a_full_cache_and_a_full_context_are_refused():
         model(tokens_of(1, 25))
     cache = model.new_cache(1, 30)
     cache.padding = torch.tensor([0])
-    with pytest.raises(ValueError, match="position 25 does not fit a context of 24"):
+    with pytest.raises(ValueError, match="26 tokens from position 0 do not fit a context of 24"):
         model(tokens_of(1, 26), cache)
 
 
@@ -251,8 +261,9 @@ def test_same_generator_same_weights_and_dropout_changes_something():
 
 @pytest.mark.parametrize("bad, message", [
     (dict(n_heads=5), "n_heads must divide d_model, got 5 heads and width 768"),
-    (dict(n_layers=0), "n_layers must be at least 1, got 0"),
-    (dict(vocab_size=-3), "vocab_size must be at least 1, got -3"),
+    (dict(n_layers=0), "n_layers must be a whole number and at least 1, got 0"),
+    (dict(vocab_size=-3), "vocab_size must be .* at least 1, got -3"),
+    (dict(n_layers=2.5), "n_layers must be a whole number .* got 2.5"),
     (dict(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0")])
 def test_impossible_sizes_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
@@ -264,13 +275,41 @@ def test_tokens_of_the_wrong_shape_are_refused():
         tiny()(torch.tensor([1, 2, 3]))
 
 
+def test_more_queries_than_keys_are_refused():
+    q, k = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="5 queries cannot be the last of 3 positions"):
+        attention(q, k, k)
+    assert attention(q, k, k, is_causal=False).shape == q.shape
+
+
+def test_the_loss_checks_shapes_and_keeps_float64():
+    logits, targets = torch.randn(2, 3, 7, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"logits \(2, 3, 7\) and targets \(3, 2\) do not fit"):
+        next_token_loss(logits, targets.t())
+    torch.testing.assert_close(next_token_loss(logits, targets), -logits.log_softmax(-1)[..., 0].mean(), atol=1e-15, rtol=0)
+    assert next_token_loss(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_demo_ends_on_its_verdict(capsys):
+    gpt.main(steps=1, seed=0)
+    assert "of 64 bytes right (expected all)" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag, value", [("--steps", "0"), ("--steps", "x"), ("--seed", "1" + "0" * 30)])
+def test_bad_flags_are_one_line(flag, value):
+    run = subprocess.run([sys.executable, gpt.__file__, flag, value], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and run.stderr.startswith("gpt.py: "), run.stderr
+
+
 def test_foreign_and_broken_directories_are_refused(tmp_path):
     random_gpt2(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (({"model_type": "llama"}, "model_type = 'llama', GPT computes 'gpt2'"),
                              ({"activation_function": "relu"}, "activation_function = 'relu'"),
                              ({"n_embd": 64}, r"wte.weight gives \(61, 32\), config.json says \(61, 64\)"),
-                             ({"n_layer": 4}, "h.3.ln_1.weight is missing")):
+                             ({"n_layer": 4}, "h.3.ln_1.weight is missing"),
+                             ({"n_layer": 2}, "h.2.* is in no GPT-2 of 2 layers"),
+                             ({"n_head": "4"}, "config.json: n_heads must be a whole number")):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(tmp_path)
@@ -282,5 +321,5 @@ def test_foreign_and_broken_directories_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no model\\*.safetensors is there"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no readable config.json"):
+    with pytest.raises(ValueError, match="no Hugging Face directory of a GPT-2: config.json"):
         GPT.from_pretrained(tmp_path)
