@@ -11,7 +11,7 @@ Layout    out/step-00000200/ model.pt       parameter name -> tensor, full shape
                              manifest.json  file -> length and SHA-256, written last
           Names are those of the whole model, never of a rank or a shard: any number of processes can read it.
 Safety    tensors are read with torch.load(weights_only=True): opening a foreign checkpoint runs no code of its.
-Omits     saving in pieces from many ranks: here one process writes everything.
+Omits     saving in pieces from many ranks: here one process writes everything; two runs in one folder.
 Run       python checkpoint.py    kills a saving process 10 times, loads what is left each time; 30 s
 Test      pytest tests/test_checkpoint.py
 """
@@ -21,8 +21,8 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -48,7 +48,7 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
     Args:
         tensors: part name -> (possibly nested) dict of tensors; each part becomes ``<part>.pt``.
         meta: what json can hold; ``step`` is added.
-        write_files: called with the temporary directory, to add files of the caller's.
+        write_files: called with the temporary directory, to add files of the caller's (no folders).
         keep: how many checkpoints remain, this one included; None keeps all.
 
     Returns:
@@ -56,7 +56,10 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
 
     Raises:
         CheckpointError: if it could not be written (a full disk, no permission). What was there stays.
+        ValueError: for a negative step, or if ``keep`` is less than one.
     """
+    if step < 0 or keep is not None and keep < 1:
+        raise ValueError(f"a checkpoint needs step >= 0 and keep >= 1 or None, got {step} and {keep}")
     directory = Path(directory)
     target = directory / f"step-{step:08d}"
     temporary = directory / f".{target.name}.{os.getpid()}"
@@ -88,15 +91,19 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
         shutil.rmtree(temporary, ignore_errors=True)
         kept = _steps(directory)
         stays = f"{kept[-1]} stays as it was" if kept else "there was none before it"
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"could not save {target} ({reason}); {stays}; free some space, then --resume") from error
+        raise CheckpointError(f"could not save {target} ({_first_line(error)}); {stays}; "
+                              "see that it has room and may be written to, then go on from there") from error
     return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _steps(directory: Path) -> list[Path]:
     """Oldest first; of one step the superseded one before the one that took its place."""
-    return sorted(directory.glob("step-[0-9]*"),
-                  key=lambda path: (int(path.stem.removeprefix("step-")), path.suffix != ".old"))
+    ours = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+(\.old)?", path.name)]
+    return sorted(ours, key=lambda path: (int(path.stem.removeprefix("step-")), path.suffix != ".old"))
 
 
 def remove(checkpoint: Path) -> None:
@@ -168,7 +175,7 @@ def load(path: str | os.PathLike, parts: tuple[str, ...] = ("model", "optimizer"
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, "it holds more than tensors, and reading that could run code")) from error
     except Exception as error:  # whatever json and torch make of foreign bytes
-        raise CheckpointError(_refusal(path, f"not readable: {(str(error) or repr(error)).splitlines()[0]}")) from error
+        raise CheckpointError(_refusal(path, f"not readable: {_first_line(error)}")) from error
 
 
 def _refusal(path: Path, reason: str) -> str:
@@ -179,25 +186,35 @@ def _refusal(path: Path, reason: str) -> str:
 
 # --- 3. optimizer states under full parameter names -----------------------------------------
 
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {p: name for name, p in model.named_parameters()}
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+    """The optimizer's parameters in the order of its groups, by which torch's own state_dict numbers them -> names."""
+    names = {p: name for name, p in model.named_parameters()}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p not in names for p in ordered):
+        raise ValueError("the optimizer has a parameter that is not the model's")
+    return {p: names[p] for p in ordered}
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """The optimizer's states by parameter name; torch's own state_dict numbers them in the order of its groups."""
-    names = _names(model)
-    return {names[p]: dict(state) for p, state in optimizer.state.items()}
+    """The optimizer's states by parameter name. ValueError if it has a parameter that is not the model's."""
+    return {name: dict(optimizer.state[p]) for p, name in _names(model, optimizer).items() if p in optimizer.state}
 
 
 def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, checkpoint: dict) -> None:
-    """Copy what ``load`` returned into a model and its optimizer; nothing is touched unless everything fits.
+    """Put what ``load`` returned into a model and its optimizer; nothing is touched unless everything fits.
+
+    The optimizer keeps its own learning rate and other settings. It may go on with the checkpoint's own tensors:
+    load anew for a second one.
 
     Raises:
-        CheckpointError: if a parameter is missing, unknown, or of another shape: another model's checkpoint.
+        CheckpointError: if a part or a parameter is missing, unknown, or of another shape: another model's.
     """
-    parameters = dict(model.named_parameters())
-    theirs = checkpoint["model"]
-    for name in sorted(parameters.keys() ^ theirs.keys()):
+    parameters, names = dict(model.named_parameters()), [] if optimizer is None else _names(model, optimizer).values()
+    for part in ("model",) if optimizer is None else ("model", "optimizer"):
+        if part not in checkpoint:
+            raise CheckpointError(f"this checkpoint was loaded without its part {part!r}")
+    theirs, states = checkpoint["model"], checkpoint.get("optimizer", {})
+    for name in sorted(parameters.keys() ^ theirs.keys() | states.keys() - parameters.keys()):
         whose = "the model" if name in parameters else "the checkpoint"
         raise CheckpointError(f"this checkpoint is of another model: only {whose} has {name}")
     for name, p in parameters.items():
@@ -208,27 +225,26 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, check
         for name, p in parameters.items():
             p.copy_(theirs[name])
     if optimizer is not None:
-        ordered = [p for group in optimizer.param_groups for p in group["params"]]
-        names = _names(model)
-        states = {i: checkpoint["optimizer"][names[p]] for i, p in enumerate(ordered)
-                  if names[p] in checkpoint["optimizer"]}
         # Through torch's own loader, which knows on which device each optimizer wants which state.
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict({"state": {i: states[name] for i, name in enumerate(names) if name in states},
+                                   "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # --- 4. demo --------------------------------------------------------------------------------
 
 def _save_for_ever(directory: str) -> None:
     """What the demo kills: a process that saves one checkpoint after another, going on where it finds itself."""
-    step = int(latest(directory).name.removeprefix("step-")) if _steps(Path(directory)) else 0
+    parent, step = os.getppid(), load(latest(directory), parts=())["meta"]["step"]
     print("started", flush=True)
-    while True:
+    while os.getppid() == parent:  # not for ever, if it is the demo that was killed
         step += 1
         weights = torch.full((1 << 20,), float(step))
         save(directory, step, {"model": {"weight": weights}, "optimizer": {"weight": {"exp_avg": weights}}}, {}, keep=2)
 
 
 def main(kills: int, seed: int) -> None:
+    if kills < 1 or not 0 <= seed < 2**63:
+        raise ValueError(f"--kills must be at least 1 and --seed in 0 .. 2^63 - 1, got {kills} and {seed}")
     generator = torch.Generator().manual_seed(seed)
     whole = 0
     with tempfile.TemporaryDirectory() as directory:
@@ -237,30 +253,37 @@ def main(kills: int, seed: int) -> None:
             child = subprocess.Popen([sys.executable, __file__, "--save_for_ever", directory], stdout=subprocess.PIPE)
             child.stdout.readline()
             time.sleep(0.3 * torch.rand((), generator=generator).item())
-            child.send_signal(signal.SIGKILL)
+            child.kill()
             child.communicate()
             found = load(latest(directory))
             whole += bool((found["model"]["weight"] == found["meta"]["step"]).all())
         path = latest(directory)
         print(f"killed in the middle of saving {kills} times; the last checkpoint is {path.name}, "
               f"left behind: {[p.name for p in Path(directory).glob('.step-*')]}")
-        with open(path / "model.pt", "r+b") as f:
-            f.seek(1 << 20)
-            byte = f.read(1)[0]
-            f.seek(1 << 20)
-            f.write(bytes([byte ^ 1]))
+        damaged = bytearray((path / "model.pt").read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        (path / "model.pt").write_bytes(damaged)
         try:
             load(path)
+            print("one bit flipped, and nobody noticed: WRONG")
         except CheckpointError as error:
             print(f"one bit flipped: {error}")
-    print(f"whole after a kill: {whole} of {kills}")
+    print(f"whole after a kill: {whole} of {kills} (expected {kills} of {kills})")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Without argparse's usage lines a mistake is answered in one line.
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="how often to kill the saving process (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default 0)")
     parser.add_argument("--save_for_ever", metavar="DIR", help=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
     victim = arguments.pop("save_for_ever")
-    _save_for_ever(victim) if victim else main(**arguments)
+    try:
+        _save_for_ever(victim) if victim else main(**arguments)
+    except ValueError as error:
+        print(f"checkpoint.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

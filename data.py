@@ -103,18 +103,20 @@ def read_documents(pattern: str | os.PathLike) -> Iterator[str]:
         DataError: at once for a pattern without files, a folder, an unknown suffix; when reached for a file
             that is empty, unreadable, binary, truncated, not UTF-8, or not what its suffix says.
     """
-    pattern, files = os.fspath(pattern), {}
+    pattern = os.fspath(pattern)
+    files: dict[str, str] = {}  # path -> suffix
+    # A name that exists, such as "[1], 2.txt", is neither a list nor a glob.
     for part in [pattern] if os.path.exists(pattern) else map(str.strip, pattern.split(",")):
         if os.path.isdir(part):
             raise DataError(f"{part}: is a folder: name files, such as '{os.path.join(part, '**', '*.txt')}'")
-        paths = [part] if os.path.exists(part) else glob.glob(part, recursive=True)  # "[1].txt" may be a name
+        paths = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
         paths = [path for path in paths if not os.path.isdir(path)]
         if not paths:
-            nearest = next(folder for folder in Path(part).absolute().parents if folder.is_dir())
+            nearest = next(folder for folder in Path(part).absolute().parents if os.path.isdir(folder))
             raise DataError(f"{part or repr(pattern)}: no such file: check the path; the working directory "
                             f"is {os.getcwd()}, the nearest folder that exists {nearest}")
         for path in paths:
-            files[path] = next((suffix for suffix in READERS if path.lower().endswith(suffix)), None)
+            files[path] = next((suffix for suffix in READERS if path.lower().endswith(suffix)), "")
             if not files[path]:
                 raise DataError(f"{path}: unknown suffix: give one of {' '.join(READERS)}")
     return (document for path in sorted(files) for document in _read_file(path, files[path]))
@@ -204,7 +206,7 @@ def document_hash(document: str) -> float:
     return int.from_bytes(digest, "big") / 2**48  # 48 bits fit a float's 53: never rounded up to 1
 
 
-def split_documents(documents: Sequence[str], held_out: float = 0.05) -> tuple[list[str], list[str]]:
+def split_documents(documents: Iterable[str], held_out: float = 0.05) -> tuple[list[str], list[str]]:
     """(train, validation). Documents with a hash below held_out, in (0, 1), are held out: copies stay
     together, reordering moves none. A side that would be empty gets the one document whose hash is nearest.
 
@@ -216,6 +218,7 @@ def split_documents(documents: Sequence[str], held_out: float = 0.05) -> tuple[l
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be inside (0, 1), got {held_out}")
+    documents = list(documents)
     hashes = {document: document_hash(document) for document in documents}
     if not hashes:
         raise DataError("no documents to split: give at least one")
@@ -249,7 +252,7 @@ def pack(documents: Iterable[str], encode: Callable[[str], Sequence[int]], eot: 
     memory-mapped (again later: `np.load(path, mmap_mode="r")`). It is written beside and renamed once it is
     whole and on the disk: a kill at any moment leaves the path as it was (and maybe a *.tmp).
 
-    Raises ValueError for tokens outside [0, vocab_size), DataError for no documents.
+    Raises ValueError for tokens outside [0, vocab_size), DataError for no documents or an unwritable path.
     """
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
@@ -279,6 +282,9 @@ def pack(documents: Iterable[str], encode: Callable[[str], Sequence[int]], eot: 
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise DataError(f"{os.fspath(path)}: cannot be written ({error.strerror}): check the folder, its "
+                        "permissions and the room on the disk") from None
     finally:
         Path(beside).unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
@@ -338,7 +344,7 @@ class TokenWindows:
 # --- 6. demo --------------------------------------------------------------------------------
 
 def main(data: str | None, context: int, held_out: float, seed: int, out: str | None) -> None:
-    documents = list(read_documents(data)) if data else default_documents()
+    documents = default_documents() if data is None else list(read_documents(data))
     print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters. They begin:")
     print("".join(f"    {document[:80]!r}\n" for document in documents[:2]), end="")
 
@@ -369,6 +375,7 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--context", type=int, default=128, help="T, tokens per input (default %(default)s)")
     parser.add_argument("--held_out", type=float, default=0.05, help="share held out (default %(default)s)")
@@ -376,6 +383,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", metavar="FILE.npy", help="write the packed training tokens there")
     try:
         main(**vars(parser.parse_args()))
+    except KeyboardInterrupt:
+        parser.exit(130)
     except (OSError, ValueError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))

@@ -403,8 +403,8 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 # --- 5. demo --------------------------------------------------------------------------------
 
 def main(steps: int, seed: int) -> None:
-    if steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {steps}")
+    if steps < 1 or not 0 <= seed < 2**63:
+        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
     for name, config in PRESETS.items():
         print(f"{name:12} {count_parameters(config):>15,} parameters, "
               f"{flops_per_token(config):.2e} FLOPs per training token")
@@ -444,10 +444,12 @@ if __name__ == "__main__":
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (default 0)")
     try:
         main(**vars(parser.parse_args()))
     except ValueError as error:
         print(f"gpt.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

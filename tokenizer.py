@@ -240,22 +240,24 @@ def eot(encoding: tiktoken.Encoding) -> int:
 
 def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
     """Write ``path``, tiktoken's "base64 rank" lines, and ``path``.json: name, pattern, special tokens, and
-    the SHA-256 of ``path`` so that a mixed-up pair is noticed. Each is written beside and renamed: a kill
-    leaves whole files. ValueError if the folder does not exist, OSError if it cannot be written to."""
+    the SHA-256 of ``path``, by which ``load`` notices a pair of which a kill has renamed but one. Both are
+    written beside first. ValueError if there is no such folder, OSError if it cannot be written to."""
     path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent}: no such folder to save {path.name} in; make it first")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path}: {'is a' if path.is_dir() else 'no such'} folder; name a file in one there is")
     ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     data = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
     sidecar = {"name": encoding.name, "pattern": encoding._pat_str,
                "special_tokens": encoding._special_tokens, "sha256": hashlib.sha256(data).hexdigest()}
-    for file, content in ((f"{path}.json", json.dumps(sidecar, indent=1).encode()), (path, data)):
-        beside = Path(f"{file}.{os.getpid()}.tmp")
-        try:
-            beside.write_bytes(content)
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
+    beside = [Path(f"{path}{end}.{os.getpid()}.tmp") for end in (".json", "")]
+    try:
+        beside[0].write_text(json.dumps(sidecar, indent=1))
+        beside[1].write_bytes(data)
+        os.replace(beside[0], f"{path}.json")
+        os.replace(beside[1], path)
+    finally:
+        for file in beside:
+            file.unlink(missing_ok=True)
 
 
 def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
@@ -359,7 +361,7 @@ def _load_ranks(path: Path) -> tiktoken.Encoding:
 def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
     vocab_data, merges_data = _read(vocab_path), _read(merges_path)
     # GPT-2 writes a byte as itself where Latin-1 shows it, else as the next character from U+0100 on.
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shown = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     hidden = [b for b in range(256) if b not in shown]
     byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
     try:

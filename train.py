@@ -237,9 +237,10 @@ def make_optimizer(model: nn.Module, c: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=fused)
 
 
-def pick_attention(device: torch.device, context: int) -> Callable:
-    """On a CPU and for short sequences the plain formula beats the fused kernel's backward."""
-    return gpt.naive_attention if device.type == "cpu" and context <= 256 else gpt.attention
+def pick_attention(device: torch.device, context: int, precision: str) -> Callable:
+    """In bf16 on a CPU the fused kernel's backward is slow: for short sequences the plain formula beats it."""
+    slow = device.type == "cpu" and precision == "bf16" and context <= 256
+    return gpt.naive_attention if slow else gpt.attention
 
 
 class Trainer:
@@ -405,14 +406,14 @@ def run(settings: TrainConfig) -> None:
     """
     world = join(settings)
     c, notes = derive(settings, world.size, world.device.type, _multiplies_bf16(world.device))
-    world.say("\n".join(notes))
     resumed = world.agree(lambda: _find_run(c), who=True)
+    world.say("\n".join(notes))
     corpus = prepare(c, world, resumed)
     try:
         sizes = gpt.GPTConfig(corpus.encoding.n_vocab, c.context, c.n_layers, c.n_heads, c.d_model, dropout=c.dropout)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    model = gpt.GPT(sizes, pick_attention(world.device, c.context), torch.Generator().manual_seed(c.seed))
+    model = gpt.GPT(sizes, pick_attention(world.device, c.context, c.precision), torch.Generator().manual_seed(c.seed))
     trainer = Trainer(c, model.to(world.device), world)
     first = _restore(trainer, resumed)
     progress = Progress(trainer, corpus, first)

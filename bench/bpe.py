@@ -88,6 +88,9 @@ def processor() -> str:
 
 
 def main(vocab_size: int, repeats: int, gpt2: str | None) -> None:
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    encoding = load(gpt2) if gpt2 else train(TEXTS, vocab_size)
     print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
           f"tiktoken {tiktoken.__version__}, tokenizers {tokenizers.__version__}, regex {regex.__version__}")
     for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS"):
@@ -101,7 +104,6 @@ def main(vocab_size: int, repeats: int, gpt2: str | None) -> None:
         print(f"  {name:24s} {seconds:7.3f} s")
     print(f"  ours / tokenizers = {times['ours'] / times['tokenizers']:.2f}   (claim: at most 1.2)")
 
-    encoding = load(gpt2) if gpt2 else train(TEXTS, vocab_size)
     peer = from_encoding(encoding)
     same = [encode(encoding, text) for text in TEXTS] == [made.ids for made in peer.encode_batch(TEXTS)]
     print(f"\nencode, {BYTES:,} bytes, {encoding.n_vocab} ids, median of {repeats}; same ids: {same}")
@@ -116,9 +118,14 @@ def main(vocab_size: int, repeats: int, gpt2: str | None) -> None:
 
 
 if __name__ == "__main__":
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn (default 4096)")
+    parser.add_argument("--repeats", type=int, default=15, help="of each measurement (default 15)")
     parser.add_argument("--gpt2", metavar="FOLDER", help="folder with GPT-2's vocab.json and merges.txt")
-    main(**vars(parser.parse_args()))
+    try:
+        main(**vars(parser.parse_args()))
+    except KeyboardInterrupt:
+        parser.exit(130)
+    except ValueError as error:
+        parser.error(str(error))

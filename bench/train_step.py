@@ -67,7 +67,7 @@ def ours(shape: dict, vocab_size: int, device: torch.device, lr: float, precisio
                          precision=precision, device=device.type, lr=lr, steps=steps, schedule="constant", warmup_steps=0)
     config, _ = derive(config, 1, device.type, False)
     sizes = gpt.GPTConfig(vocab_size, config.context, config.n_layers, config.n_heads, config.d_model)
-    model = gpt.GPT(sizes, pick_attention(device, config.context), torch.Generator().manual_seed(0)).to(device)
+    model = gpt.GPT(sizes, pick_attention(device, config.context, precision), torch.Generator().manual_seed(0)).to(device)
     return Trainer(config, model, World(device=device))
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import resource
-import signal
+import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -88,6 +89,23 @@ def test_keep_bounds_what_remains(tmp_path, keep, names):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{i:08d}" for i in names]
 
 
+def test_arguments_that_would_lose_a_checkpoint_are_refused(tmp_path):
+    for arguments in (dict(step=-1), dict(step=1, keep=0), dict(step=1, keep=-1)):
+        with pytest.raises(ValueError, match="step >= 0 and keep >= 1"):
+            save(tmp_path, tensors={"model": {}, "optimizer": {}}, meta={}, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_copies_beside_the_checkpoints_are_left_alone(tmp_path):
+    saved_run(tmp_path, steps=2)
+    for name in ("step-00000002-best", "step-00000009.copy", "step-by-step"):
+        shutil.copytree(tmp_path / "step-00000002", tmp_path / name)
+    assert latest(tmp_path).name == "step-00000002"
+    saved_run(tmp_path, steps=3, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002-best", "step-00000003", "step-00000009.copy",
+                                                          "step-by-step"]
+
+
 def test_the_same_step_can_be_saved_again(tmp_path):
     saved_run(tmp_path, steps=2)
     model, _, path = saved_run(tmp_path, steps=2)
@@ -150,6 +168,16 @@ def test_another_models_checkpoint_is_refused_and_touches_nothing(tmp_path):
         load_states(nn.Sequential(*net(), nn.Linear(1, 1)), None, found)
     with pytest.raises(CheckpointError, match="another model: only the checkpoint has 2.bias"):
         load_states(net()[:2], None, found)
+    model, found["model"]["0.weight"] = net(), net(seed=5)[0].weight
+    with pytest.raises(CheckpointError, match="another model: only the checkpoint has 7.weight"):
+        load_states(model, optimizer_of(model), found | {"optimizer": {"7.weight": {}}})
+    with pytest.raises(CheckpointError, match="loaded without its part 'optimizer'"):
+        load_states(model, optimizer_of(model), {"meta": {}, "model": found["model"]})
+    with pytest.raises(ValueError, match="the optimizer has a parameter that is not the model's"):
+        load_states(model, optimizer_of(net()), found)
+    with pytest.raises(ValueError, match="the optimizer has a parameter that is not the model's"):
+        optimizer_state(model, optimizer_of(net()))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), net().parameters()))
     assert all(torch.equal(a, b) for a, b in zip(before, wide.parameters()))
 
 
@@ -164,23 +192,18 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def _save_two_under_a_limit(folder: str) -> None:
-    save(folder, 1, {"model": {"w": torch.ones(10)}, "optimizer": {}}, {})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a disk with room for 100 KB more
-    try:
-        save(folder, 2, {"model": {"w": torch.ones(100_000)}, "optimizer": {}}, {})
-    except CheckpointError as error:
-        print(error)
-        sys.exit(2)
-
-
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
-    code = f"import test_checkpoint; test_checkpoint._save_two_under_a_limit({str(tmp_path)!r})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent,
-                           env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
-    assert found.returncode == 2, found.stderr
-    assert "could not save" in found.stdout and "step-00000001 stays as it was" in found.stdout
-    assert found.stdout.count("\n") == 1
+    save(tmp_path, 1, {"model": {"w": torch.ones(10)}, "optimizer": {}}, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a disk with room for 100 KB more
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            save(tmp_path, 2, {"model": {"w": torch.ones(100_000)}, "optimizer": {}}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = str(caught.value)
+    assert "could not save" in message and "step-00000001 stays as it was; see that it has room" in message
+    assert "\n" not in message
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert load(latest(tmp_path))["meta"]["step"] == 1
 
@@ -191,21 +214,38 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         save(tmp_path / "file", 1, {"model": {}, "optimizer": {}}, {})
 
 
-def test_killed_at_random_moments_the_last_checkpoint_is_whole(tmp_path):
-    save(tmp_path, 0, {"model": {"weight": torch.zeros(1)}, "optimizer": {}}, {})
-    generator = torch.Generator().manual_seed(0)
-    seen = []
-    for _ in range(3):
-        child = subprocess.Popen([sys.executable, checkpoint.__file__, "--save_for_ever", str(tmp_path)],
-                                 stdout=subprocess.PIPE)
-        child.stdout.readline()
-        time.sleep(0.2 * torch.rand((), generator=generator).item())
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        found = load(latest(tmp_path))
-        assert (found["model"]["weight"] == found["meta"]["step"]).all()
-        seen.append(found["meta"]["step"])
-    assert seen == sorted(seen)
+def test_demo_ends_on_its_verdict_killed_at_random_moments_the_last_checkpoint_is_whole(capsys):
+    checkpoint.main(kills=2, seed=0)
+    lines = capsys.readouterr().out.splitlines()
+    assert "one bit flipped" in lines[1] and "damaged" in lines[1]
+    assert lines[-1] == "whole after a kill: 2 of 2 (expected 2 of 2)"
+
+
+def test_the_process_that_the_demo_kills_ends_when_the_demo_is_killed(tmp_path):
+    save(tmp_path, 0, {"model": {}, "optimizer": {}}, {})
+    code = ("import subprocess, sys; child = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=-1);"
+            "child.stdout.readline(); print(child.pid)")  # and exits
+    demo = subprocess.run([sys.executable, "-c", code, checkpoint.__file__, "--save_for_ever", str(tmp_path)],
+                          stdout=subprocess.PIPE, text=True, timeout=60)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(int(demo.stdout), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(int(demo.stdout), 9)
+    raise AssertionError("it goes on")
+
+
+@pytest.mark.parametrize("flag, value", [("--kills", "0"), ("--kills", "x"), ("--seed", "-1")])
+def test_bad_flags_are_one_line(flag, value, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", flag, value])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(checkpoint.__file__, run_name="__main__")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("checkpoint.py: ") and message.count("\n") == 1
+    assert flag in message
 
 
 @pytest.mark.parametrize("steps", [(1, 2), (1, 1)], ids=["next step", "same step again"])

@@ -7,8 +7,8 @@ import json
 import os
 import random
 import runpy
+import signal
 import statistics
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -247,6 +247,7 @@ def test_file_that_went_away_is_refused(tmp_path):
     ("", "'': no such file"),
     ("sub/none/more/*.txt", r"sub/none/more/\*.txt: no such file.* directory is HERE, .*exists HERE/sub$"),
     ("a.txt,b.txt", "b.txt: no such file"),
+    ("x" * 5000, "xxx: no such file"),  # too long for a file system
     ("su*", "su.: no such file"),
     ("*.rst", "c.rst: unknown suffix: give one of .txt .md .jsonl .jsonl.gz .warc.wet .warc.wet.gz"),
     ("d.gz", "d.gz: unknown suffix"),
@@ -284,7 +285,7 @@ def test_document_hash_is_fixed_for_all_time():
 
 def test_copies_stay_on_one_side():
     documents = [f"document {i % 50}" for i in range(200)]
-    train, validation = split_documents(documents, 0.3)
+    train, validation = split_documents(iter(documents), 0.3)
     assert not set(train) & set(validation) and len(train) + len(validation) == 200
 
 
@@ -367,13 +368,28 @@ def test_pack_that_fails_leaves_the_path_as_it_was(tmp_path, before):
 
 
 def test_pack_that_is_killed_leaves_nothing_at_the_path(tmp_path):
-    program = ("import os, signal, sys, data\n"
-               "def documents():\n    yield 'a' * 100_000\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-               "data.pack(documents(), lambda d: list(d.encode()), 256, 257, sys.argv[1])\n")
+    def documents():
+        yield "a" * 100_000
+        os.kill(os.getpid(), signal.SIGKILL)
     path = tmp_path / "tokens.npy"
-    root = Path(data.__file__).parent
-    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=root, timeout=60)
-    assert done.returncode == -9 and not path.exists() and len(os.listdir(tmp_path)) == 1
+    if not (child := os.fork()):
+        pack(documents(), utf8, 256, 257, path)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL and not path.exists() and len(os.listdir(tmp_path)) == 1
+
+
+def test_pack_on_a_full_disk_leaves_the_path_as_it_was(tmp_path):
+    import resource  # Unix
+    path = tmp_path / "tokens.npy"
+    pack(["before"], utf8, 256, 257, path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file may grow further
+    try:
+        with pytest.raises(DataError, match=r"tokens.npy: cannot be written \(File too large\)"):
+            pack(["a" * 100_000], utf8, 256, 257, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["tokens.npy"] and path.read_bytes() == before
 
 
 def test_pack_refuses_what_does_not_fit(tmp_path):
@@ -491,14 +507,30 @@ def test_demo_reaches_its_verdict_and_every_flag_changes_something(tmp_path, cap
     (["--data", "data.py"], "data.py: unknown suffix"),
     (["--data", "a.txt", "--held_out", "2"], "held_out must be inside (0, 1), got 2.0"),
     (["--data", "a.txt", "--context", "100"], "cannot fill one window of context 100 + 1"),
-    (["--data", "a.txt", "--out", "none/tokens.npy"], "No such file or directory: 'none/tokens.npy"),
+    (["--data", "a.txt", "--out", "none/tokens.npy"], "none/tokens.npy: cannot be written (No such file"),
+    (["--data", "a.txt", "--context", "1", "--out", "sub"], "sub: cannot be written (Is a directory)"),
+    (["--data="], "'': no such file"),
+    (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    (["--nope"], "unrecognized arguments: --nope"),
 ])
 def test_bad_input_of_the_program_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
     write(tmp_path / "a.txt", b"one\ntwo\n")
     write(tmp_path / "data.py", b"")
+    (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(data.__file__, run_name="__main__")
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and message in error
+    assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("data.py: ") and message in error
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_program_stops_without_a_traceback_on_ctrl_c(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sysconfig, "get_path", interrupted)
+    monkeypatch.setattr(sys, "argv", ["data.py"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(data.__file__, run_name="__main__")
+    assert exit.value.code == 130 and capsys.readouterr().err == ""
