@@ -10,7 +10,7 @@ Layout    out/step-00000200/ model.pt       parameter name -> tensor, full shape
                              ...            files of the caller's (the tokenizer)
                              manifest.json  file -> length and SHA-256, written last
           Names are those of the whole model, never of a rank or a shard: any number of processes can read it.
-Safety    tensors are read with torch.load(weights_only=True): opening a foreign checkpoint runs no code of its.
+Safety    torch.load(weights_only=True) reads tensors only: opening a foreign checkpoint runs no code.
 Omits     saving in pieces from many ranks: here one process writes everything; two runs in one folder.
 Run       python checkpoint.py    kills a saving process 10 times, loads what is left each time; 30 s
 Test      pytest tests/test_checkpoint.py
@@ -78,7 +78,7 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
         for file in temporary.iterdir():
             _flush_to_disk(file)
         _flush_to_disk(temporary)
-        superseded = target.with_suffix(".old")  # the same step, saved before: whole until the new one is in place
+        superseded = target.with_suffix(".old")  # the same step, saved before
         if target.exists():
             remove(superseded)
             target.rename(superseded)
@@ -168,12 +168,13 @@ def load(path: str | os.PathLike, parts: tuple[str, ...] = ("model", "optimizer"
                 raise CheckpointError(_refusal(path, f"{name} has {now['bytes']} bytes of {then['bytes']}"))
             if now != then:
                 raise CheckpointError(_refusal(path, f"{name} is damaged: its SHA-256 is not the manifest's"))
-        loaded = {part: torch.load(path / f"{part}.pt", map_location="cpu", weights_only=True) for part in parts}
+        loaded = {part: torch.load(path / f"{part}.pt", "cpu", weights_only=True) for part in parts}
         return {"meta": json.loads((path / "meta.json").read_text())} | loaded
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, "it holds more than tensors, and reading that could run code")) from error
+        reason = "it holds more than tensors, and reading that could run code"
+        raise CheckpointError(_refusal(path, reason)) from error
     except Exception as error:  # whatever json and torch make of foreign bytes
         raise CheckpointError(_refusal(path, f"not readable: {_first_line(error)}")) from error
 
@@ -187,7 +188,7 @@ def _refusal(path: Path, reason: str) -> str:
 # --- 3. optimizer states under full parameter names -----------------------------------------
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
-    """The optimizer's parameters in the order of its groups, by which torch's own state_dict numbers them -> names."""
+    """The optimizer's parameters -> names, in the order by which torch's own state_dict numbers them."""
     names = {p: name for name, p in model.named_parameters()}
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p not in names for p in ordered):
@@ -197,19 +198,21 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, s
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     """The optimizer's states by parameter name. ValueError if it has a parameter that is not the model's."""
-    return {name: dict(optimizer.state[p]) for p, name in _names(model, optimizer).items() if p in optimizer.state}
+    names, states = _names(model, optimizer), optimizer.state
+    return {name: dict(states[p]) for p, name in names.items() if p in states}
 
 
 def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, checkpoint: dict) -> None:
     """Put what ``load`` returned into a model and its optimizer; nothing is touched unless everything fits.
 
-    The optimizer keeps its own learning rate and other settings. It may go on with the checkpoint's own tensors:
-    load anew for a second one.
+    The optimizer keeps its own learning rate and other settings. It may go on with the checkpoint's own
+    tensors: load anew for a second one.
 
     Raises:
         CheckpointError: if a part or a parameter is missing, unknown, or of another shape: another model's.
     """
-    parameters, names = dict(model.named_parameters()), [] if optimizer is None else _names(model, optimizer).values()
+    parameters = dict(model.named_parameters())
+    names = [] if optimizer is None else list(_names(model, optimizer).values())
     for part in ("model",) if optimizer is None else ("model", "optimizer"):
         if part not in checkpoint:
             raise CheckpointError(f"this checkpoint was loaded without its part {part!r}")
@@ -219,27 +222,27 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, check
         raise CheckpointError(f"this checkpoint is of another model: only {whose} has {name}")
     for name, p in parameters.items():
         if p.shape != theirs[name].shape:
-            raise CheckpointError(f"this checkpoint is of another model: {name} is {tuple(theirs[name].shape)} in it, "
-                                  f"{tuple(p.shape)} here")
+            raise CheckpointError(f"this checkpoint is of another model: {name} is "
+                                  f"{tuple(theirs[name].shape)} in it, {tuple(p.shape)} here")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(theirs[name])
     if optimizer is not None:
         # Through torch's own loader, which knows on which device each optimizer wants which state.
-        optimizer.load_state_dict({"state": {i: states[name] for i, name in enumerate(names) if name in states},
-                                   "param_groups": optimizer.state_dict()["param_groups"]})
+        numbered = {i: states[name] for i, name in enumerate(names) if name in states}
+        optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # --- 4. demo --------------------------------------------------------------------------------
 
 def _save_for_ever(directory: str) -> None:
-    """What the demo kills: a process that saves one checkpoint after another, going on where it finds itself."""
+    """What the demo kills: a process that saves one checkpoint after another, from the last one on."""
     parent, step = os.getppid(), load(latest(directory), parts=())["meta"]["step"]
     print("started", flush=True)
     while os.getppid() == parent:  # not for ever, if it is the demo that was killed
         step += 1
-        weights = torch.full((1 << 20,), float(step))
-        save(directory, step, {"model": {"weight": weights}, "optimizer": {"weight": {"exp_avg": weights}}}, {}, keep=2)
+        w = torch.full((1 << 20,), float(step))
+        save(directory, step, {"model": {"weight": w}, "optimizer": {"weight": {"exp_avg": w}}}, {}, keep=2)
 
 
 def main(kills: int, seed: int) -> None:
@@ -250,11 +253,13 @@ def main(kills: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         save(directory, 0, {"model": {"weight": torch.zeros(1)}, "optimizer": {}}, {})
         for _ in range(kills):
-            child = subprocess.Popen([sys.executable, __file__, "--save_for_ever", directory], stdout=subprocess.PIPE)
-            child.stdout.readline()
-            time.sleep(0.3 * torch.rand((), generator=generator).item())
-            child.kill()
-            child.communicate()
+            with subprocess.Popen([sys.executable, __file__, "--save_for_ever", directory],
+                                  stdout=subprocess.PIPE, start_new_session=True) as child:
+                try:
+                    child.stdout.readline()
+                    time.sleep(0.3 * torch.rand((), generator=generator).item())
+                finally:  # after Ctrl-C too
+                    child.kill()
             found = load(latest(directory))
             whole += bool((found["model"]["weight"] == found["meta"]["step"]).all())
         path = latest(directory)
@@ -275,8 +280,8 @@ if __name__ == "__main__":
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="how often to kill the saving process (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default 0)")
+    parser.add_argument("--kills", type=int, default=10, help="times to kill the saving process (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill it at (default 0)")
     parser.add_argument("--save_for_ever", metavar="DIR", help=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
     victim = arguments.pop("save_for_ever")

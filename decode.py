@@ -10,7 +10,7 @@ Formula   log p(x_1 ... x_T) = sum_{t >= 2} log p(x_t | x_<t)
                        max(0, p - q) / sum max(0, p - q):  the result is distributed as p, whatever q is
 Shapes    tokens (B, T) -> logits (B, V) of the last position -> next tokens (B,)
 Omits     tree-shaped drafts, typical and contrastive sampling, constrained grammars, continuous batching.
-Run       python decode.py               two tiny models are trained and decoded with every method: 20 seconds
+Run       python decode.py               two tiny models are trained, then decoded: 20 seconds
           python decode.py --checkpoint out/pretrain --prompt "The function"    or --prompt -, or --chat
 Test      pytest tests/test_decode.py
 """
@@ -52,8 +52,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.inference_mode()
 def token_log_probs(model: nn.Module, tokens: Tensor) -> Tensor:
     """tokens (B, T) -> (B, T - 1): log p(x_t | x_<t) in nats for t = 2 .. T."""
-    if tokens.dim() != 2 or tokens.size(1) < 1:
-        raise ValueError(f"tokens must be (B, T) with T >= 1, got shape {tuple(tokens.shape)}")
     with evaluating(model):
         logits = model(tokens)[:, :-1]  # (B, T - 1, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -128,7 +126,7 @@ class Sampling:
         for name, allowed, fits in (
                 # Below 1e-6 the quotient of an fp32 logit might be infinite.
                 ("temperature", "0 or at least 1e-6", lambda x: x == 0 or 1e-6 <= x < math.inf),
-                ("top_k", "an integer of at least 1", lambda x: isinstance(x, int) and x >= 1),
+                ("top_k", "an integer of at least 1", lambda x: hasattr(x, "__index__") and x >= 1),
                 ("top_p", "in (0, 1]", lambda x: 0 < x <= 1), ("min_p", "in [0, 1]", lambda x: 0 <= x <= 1),
                 ("repetition_penalty", "positive", lambda x: 0 < x < math.inf)):
             value = getattr(self, name)
@@ -158,10 +156,7 @@ class Sampling:
 
 def checked(model: nn.Module, prompts: Prompts, max_new_tokens: int) -> tuple[list[list[int]], list[int]]:
     """The prompts as lists, and how many tokens each may get: fewer than the maximum where the context ends.
-
-    Raises:
-        ValueError: if a prompt is empty, too long, holds no ids, or an id outside the vocabulary.
-    """
+    Raises ValueError if a prompt is empty, too long, or not of ids inside the vocabulary."""
     context, V = model.config.context, model.config.vocab_size
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -260,8 +255,7 @@ def _steps(model: nn.Module, prompts: list[list[int]], limits: list[int], stop_t
             if not keep:
                 return
             if len(keep) < len(rows):
-                index = torch.tensor(keep, device=device)
-                cache.select(index)
+                cache.select(index := torch.tensor(keep, device=device))
                 drawn = drawn[index]
             rows, texts = [rows[i] for i in keep], [texts[i] + [new[i]] for i in keep]
             tokens = drawn[:, None]  # (B, 1)
@@ -275,9 +269,7 @@ def generate(model: nn.Module, prompts: Prompts, max_new_tokens: int, *, stop_to
     completion fill the model's context. A greedy row is what it would be alone, up to the rounding of near
     ties. Sampled rows depend on those beside them: all draw from one generator, which is on the model's device
     (None: torch's global one). ``sampling`` are fields of ``Sampling``, such as temperature=0.8, top_p=0.9.
-
-    Raises:
-        ValueError: if one of those is outside its range, or as ``checked``.
+    Raises ValueError if one of those is outside its range, or as ``checked``.
     """
     sampling, (prompts, limits) = Sampling(**sampling), checked(model, prompts, max_new_tokens)
     completions = [[] for _ in prompts]
@@ -371,8 +363,7 @@ def beam_search(model: nn.Module, prompt: Sequence[int], beams: int, max_new_tok
 
 # --- 7. speculative decoding -----------------------------------------------------------------
 
-class Speculation(NamedTuple):
-    """New tokens, and how they came about: accepted / drafted is the acceptance rate."""
+class Speculation(NamedTuple):  # accepted / drafted is the acceptance rate
     tokens: list[int]
     drafted: int
     accepted: int
@@ -386,14 +377,12 @@ def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_n
     """Tokens distributed as ``generate(model, ...)``'s, in fewer calls of the model.
 
     Leviathan et al. 2023, algorithm 1; Chen et al. 2023 (2302.01318), algorithm 2. The draft guesses
-    ``draft_tokens`` tokens one by one; the model checks them in one pass. Temperature 0 gives the greedy tokens.
+    ``draft_tokens`` tokens (0: none) one by one; the model checks them in one pass. Temperature 0 gives the greedy tokens.
     Raises ValueError as ``generate``, or if the two vocabularies differ in size.
     """
     sizes = [m.config.vocab_size for m in (model, draft)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"model and draft must share a vocabulary, got {sizes[0]} tokens and {sizes[1]}")
-    if draft_tokens < 1:
-        raise ValueError(f"draft_tokens must be at least 1, got {draft_tokens}")
     sampling, stop_tokens = Sampling(**sampling), set(stop_tokens)
     ((prompt,), (limit,)), device = checked(model, [prompt], max_new_tokens), next(model.parameters()).device
     new, drafted, accepted, calls = [], 0, 0, 0
@@ -470,7 +459,7 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
     model, encoding = load_model(checkpoint, device)
     eot, generator = tokenizer.eot(encoding), torch.Generator(device).manual_seed(seed)
     newest = model.config.context - max_new_tokens if chat else 0  # older lines leave a chat's context first
-    if newest < chat:
+    if chat and newest < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room in a context of {model.config.context}")
     shown = text = sys.stdin.read() if prompt == "-" else prompt or ""
     while True:
@@ -491,7 +480,7 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
             return
 
 
-def demo(max_new_tokens: int, seed: int, device: str, **sampling) -> None:
+def demo(max_new_tokens: int, seed: int, device: str) -> None:
     """A small and a tiny GPT learn a page of Python's documentation byte by byte; then every method decodes."""
     from gpt import GPT, GPTConfig, next_token_loss
     from pydoc_data.topics import topics
@@ -501,7 +490,7 @@ def demo(max_new_tokens: int, seed: int, device: str, **sampling) -> None:
     for layers, width in ((2, 128), (1, 48)):
         model, losses = GPT(GPTConfig(256, 80, layers, 4, width), generator=cpu).to(device), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
-        for _ in range(400):
+        for _ in range(350):
             batch = text[torch.randint(len(text) - 80, (12, 1), generator=cpu) + torch.arange(81)].to(device)
             losses.append(next_token_loss(model(batch[:, :-1]), batch[:, 1:]))
             optimizer.zero_grad()
@@ -511,27 +500,24 @@ def demo(max_new_tokens: int, seed: int, device: str, **sampling) -> None:
         # In fp64 two ways of computing a logit do not disagree on ties; an mps device has none.
         models.append(model if device == "mps" else model.double())
 
-    naive, greedy = (f(models[0], [prompt, list(b"A")], n, temperature=0) for f in (naive_generate, generate))
-    (best, _), = beam_search(models[0], prompt, 8, n, length_penalty=0)
+    (naive, _), (greedy, _) = (f(models[0], [prompt, list(b"A")], n, temperature=0) for f in (naive_generate, generate))
+    (beam, _), = beam_search(models[0], prompt, 8, n, length_penalty=0)
+    log_p = [score(models[0], torch.tensor([prompt + tokens], device=device)).item() for tokens in (greedy, beam)]
+    for name, value, tokens in zip(("greedy", "beam 8"), log_p, (greedy, beam)):
+        print(f"{name}  log p {value:7.2f} nats   {bytes(prompt + tokens).decode(errors='replace')!r}")
     guessed = speculative(*models, prompt, n, temperature=0)
-    drawn = speculative(*models, prompt, n, generator=torch.Generator(device).manual_seed(seed), **sampling)
-    log_p = {}
-    for name, tokens in (("greedy", greedy[0]), ("beam 8", best), ("sampled", drawn.tokens)):
-        log_p[name] = score(models[0], torch.tensor([prompt + tokens], device=device)).item()
-        print(f"{name:8}log p {log_p[name]:7.2f} nats   {bytes(prompt + tokens).decode(errors='replace')!r}")
-    for name, run in (("greedy", guessed), ("sampled", drawn)):
-        print(f"speculative, {name}: {run.accepted} of {run.drafted} guesses accepted, {len(run.tokens)} tokens in "
-              f"{run.target_calls} calls of the model")
-    print(f"greedy cached = uncached: {greedy == naive}; beam >= greedy: {log_p['beam 8'] >= log_p['greedy'] - 1e-9}; "
-          f"speculative = greedy: {guessed.tokens == greedy[0]}")
+    print(f"speculative: {guessed.accepted} of {guessed.drafted} guesses accepted, {len(guessed.tokens)} tokens in "
+          f"{guessed.target_calls} calls of the model")
+    print(f"greedy cached = uncached: {greedy == naive}; beam >= greedy: {log_p[1] >= log_p[0] - 1e-9}; "
+          f"speculative = greedy: {guessed.tokens == greedy}")
 
 
-def main(checkpoint: str | None, prompt: str | None, chat: bool, **options) -> None:
-    Sampling(options["temperature"], top_p=options["top_p"])  # bad values are refused before the long work
+def main(checkpoint: str | None, prompt: str | None, chat: bool, temperature: float, top_p: float, **options) -> None:
+    Sampling(temperature, top_p=top_p)  # bad values are refused before the long work
     if chat and prompt == "-":
         raise ValueError("--chat and --prompt - would both read stdin; give the prompt as text")
     if checkpoint is not None:
-        converse(checkpoint, prompt, chat, **options)
+        converse(checkpoint, prompt, chat, temperature=temperature, top_p=top_p, **options)
     elif prompt is not None or chat:
         raise ValueError("--prompt and --chat need a --checkpoint; without one the demo runs")
     else:

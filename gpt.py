@@ -7,7 +7,7 @@ Formula   x   = W_e[token] + W_p[position]
           Attention(Q, K, V) = softmax(Q K^T / sqrt(Dh) + causal mask) V             H heads of width Dh = D/H
           MLP(x) = W_2 gelu(W_1 x + b_1) + b_2,   logits = LayerNorm(x) W_e^T        the head is tied to W_e
 Shapes    tokens (B, T) -> x (B, T, D) -> logits (B, T, V)
-Omits     dropout on attention weights; GPT-3's layers with locally banded sparse attention (its sizes are here).
+Omits     dropout on attention weights; GPT-3's locally banded sparse layers (its sizes are here).
 Run       python gpt.py    published sizes; then a tiny GPT learns the Zen of Python by heart: half a minute
 Test      pytest tests/test_gpt.py
 """
@@ -46,7 +46,8 @@ class GPTConfig:
             if not isinstance(size := getattr(self, name), int) or size < 1:
                 raise ValueError(f"{name} must be a whole number and at least 1, got {size!r}")
         if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads must divide d_model, got {self.n_heads} heads and width {self.d_model}")
+            raise ValueError("n_heads must divide d_model, "
+                             f"got {self.n_heads} heads and width {self.d_model}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -73,10 +74,10 @@ def count_parameters(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig, context: int | None = None) -> int:
-    """Of one training step per token, 2 per multiply-add, at length T = ``context``; 6 N if V and T are small."""
+    """FLOPs of one training step per token of a text of length ``context``; 6 N if V and T are small."""
     T, D, Dff, L = context or config.context, config.d_model, config.d_ff, config.n_layers
     weights = L * (4 * D * D + 2 * D * Dff) + config.vocab_size * D
-    # Q K^T and its product with V, over all T keys: a causal kernel may do half, the convention counts it whole.
+    # 2 per multiply-add. Last: Q K^T and its product with V over all T keys; a causal kernel may do half.
     forward = 2 * weights + 4 * L * T * D
     return 3 * forward  # backward costs twice forward
 
@@ -146,10 +147,10 @@ class KVCache:
         return self.layers[0].length
 
     def begin(self, T: int) -> int | Tensor:
-        """Make ready for T more tokens; returns the position of the first: one int, or (B,) if rows are padded."""
+        """Make ready for T more tokens; returns the first one's position, (B,) of them if rows are padded."""
         S = self.length + T
         if S > self.max_len:
-            raise ValueError(f"a cache of {self.max_len} slots holds {self.length} and has no room for {T} more")
+            raise ValueError(f"a cache of {self.max_len} slots holds {self.length}: no room for {T} more")
         if self.padding is None:
             return self.length
         slots = torch.arange(S, device=self.padding.device)
@@ -167,7 +168,7 @@ class KVCache:
             layer.length = min(layer.length, length)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order and as often as they are named: finished rows leave, beams are copied."""
+        """Keep these rows, as often as they are named: finished rows leave, beams are copied."""
         for layer in self.layers:
             layer.k, layer.v = layer.k[rows], layer.v[rows]
         if self.padding is not None:
@@ -182,8 +183,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, attention: Callable):
         super().__init__()
         self.d_head = config.d_model // config.n_heads
-        # Rows ordered head by head (q, k, v of head 0, then of head 1, ...): a cut between any two heads leaves
-        # two smaller layers of the same form, and the heads are recovered from the width that is there.
+        # Rows ordered head by head (q, k, v of head 0, then of head 1, ...): cut between any two heads it is
+        # two smaller layers of the same form. The number of heads is recovered from the width that is there.
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
         self.attention = attention
@@ -230,14 +231,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 / GPT-3, with any exact implementation of ``naive_attention``; ``generator`` draws the weights."""
+    """GPT-2 / GPT-3, with any exact implementation of attention; ``generator`` draws the weights."""
 
     # How tensor parallelism cuts each parameter: by output columns, by input rows, by vocabulary.
     tp_plan = {"token_embedding.weight": "vocab",
-               "attention.qkv.weight": "column", "attention.qkv.bias": "column", "attention.out.weight": "row",
-               "mlp.up.weight": "column", "mlp.up.bias": "column", "mlp.down.weight": "row"}
+               "attention.qkv.weight": "column", "attention.qkv.bias": "column",
+               "mlp.up.weight": "column", "mlp.up.bias": "column",
+               "attention.out.weight": "row", "mlp.down.weight": "row"}
 
-    def __init__(self, config: GPTConfig, attention: Callable = attention, generator: torch.Generator | None = None):
+    def __init__(self, config: GPTConfig, attention: Callable = attention,
+                 generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -250,8 +253,8 @@ class GPT(nn.Module):
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Weights from N(0, 0.02^2), biases 0, LayerNorms (1, 0): Radford et al. 2018, section 4.1.
 
-        The 2 L projections into the residual stream get 0.02 / sqrt(2 L), so that its variance at the top does
-        not grow with depth: Radford et al. 2019, section 2.3.
+        The 2 L projections into the residual stream get 0.02 / sqrt(2 L), so that its variance at the top
+        does not grow with depth: Radford et al. 2019, section 2.3.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -267,13 +270,13 @@ class GPT(nn.Module):
         """tokens (B, T), the first at position ``start``, an int or (B,), -> x (B, T, D)."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
-        T, last_start = tokens.size(1), start if isinstance(start, int) else int(start.max())
-        if last_start + T > self.config.context:
-            raise ValueError(f"{T} tokens from position {last_start} do not fit a context of {self.config.context}")
+        T, first = tokens.size(1), start if isinstance(start, int) else int(start.max())
+        if first + T > (context := self.config.context):
+            raise ValueError(f"{T} tokens from position {first} do not fit a context of {context}")
         if isinstance(start, Tensor):
             start = start[:, None]  # (B, 1)
-        # Slots of padding have no position of their own.
-        positions = (start + torch.arange(T, device=tokens.device)).clamp(min=0)  # (T,), or (B, T) if rows are padded
+        # (T,), or (B, T) if rows are padded; slots of padding have no position of their own
+        positions = (start + torch.arange(T, device=tokens.device)).clamp(min=0)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -290,16 +293,16 @@ class GPT(nn.Module):
         return self.head(x)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for ``batch`` rows of up to ``max_len`` slots, on the model's device, in its dtype."""
-        weight, attention = self.token_embedding.weight, self.blocks[0].attention
-        n_heads = attention.qkv.weight.size(0) // (3 * attention.d_head)  # of a tensor-parallel shard: its own
-        return KVCache(len(self.blocks), batch, n_heads, max_len, attention.d_head, weight.device, weight.dtype)
+        """An empty cache for ``batch`` rows of up to ``max_len`` slots, where and in what the weights are."""
+        weight, d_head = self.blocks[0].attention.qkv.weight, self.blocks[0].attention.d_head
+        n_heads = weight.size(0) // (3 * d_head)  # a tensor-parallel shard has fewer than the config says
+        return KVCache(len(self.blocks), batch, n_heads, max_len, d_head, weight.device, weight.dtype)
 
     # --- Hugging Face's format, both ways ---
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, attention: Callable = attention) -> "GPT":
-        """Read ``config.json`` and ``model.safetensors``, or shards of it: a GPT in fp32 and evaluation mode."""
+        """Read ``config.json`` and ``model.safetensors`` or its shards: a GPT in fp32, in evaluation mode."""
         directory, state = Path(directory), {}
         config, theirs = _read_config(directory), _read_tensors(directory)
         with torch.device("meta"):  # nothing is drawn at random only to be overwritten
@@ -312,13 +315,14 @@ class GPT(nn.Module):
             if p.dim() == 2 and "embedding" not in name:
                 w = w.t()  # Hugging Face's Conv1D keeps (in, out)
             if w.shape != p.shape:
-                raise ValueError(f"{directory}: {their_name} gives {tuple(w.shape)}, config.json says {tuple(p.shape)}")
+                raise ValueError(f"{directory}: {their_name} gives {tuple(w.shape)}, "
+                                 f"config.json says {tuple(p.shape)}")
             if ".qkv." in name:
                 w = w.unflatten(0, (3, config.n_heads, -1)).transpose(0, 1).flatten(0, 2)  # by head
             state[name] = w.contiguous()
         for their_name in theirs:  # a layer that config.json does not know, or a part of one
             if their_name.startswith("h.") and not their_name.endswith((".attn.bias", ".attn.masked_bias")):
-                raise ValueError(f"{directory}: tensor {their_name} is in no GPT-2 of {config.n_layers} layers")
+                raise ValueError(f"{directory}: {their_name} is in no GPT-2 of {config.n_layers} layers")
         model.load_state_dict(state, assign=True)
         return model.eval()
 
@@ -343,17 +347,17 @@ class GPT(nn.Module):
         (directory / "config.json").write_text(json.dumps(_HUGGING_FACE_FORM | sizes | ours, indent=2) + "\n")
 
 
-_HUGGING_FACE_SIZES = {"vocab_size": "vocab_size", "n_positions": "context", "n_layer": "n_layers", "n_head": "n_heads",
-                       "n_embd": "d_model", "n_inner": "d_ff", "resid_pdrop": "dropout"}
+_HUGGING_FACE_SIZES = {"vocab_size": "vocab_size", "n_positions": "context", "n_layer": "n_layers",
+                       "n_head": "n_heads", "n_embd": "d_model", "n_inner": "d_ff", "resid_pdrop": "dropout"}
 _HUGGING_FACE_FORM = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
                       "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                       "tie_word_embeddings": True}  # what is computed here, and nothing else
 
 
 def _hugging_face_name(name: str) -> str:
-    for ours, theirs in (("token_embedding", "wte"), ("position_embedding", "wpe"), ("blocks", "h"), ("norm1", "ln_1"),
-                         ("norm2", "ln_2"), ("attention.qkv", "attn.c_attn"), ("attention.out", "attn.c_proj"),
-                         ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj"), ("norm.", "ln_f.")):
+    for ours, theirs in (("token_embedding", "wte"), ("position_embedding", "wpe"), ("blocks", "h"),
+                         ("norm1", "ln_1"), ("norm2", "ln_2"), ("norm.", "ln_f."), ("attention.", "attn."),
+                         (".qkv", ".c_attn"), (".out", ".c_proj"), (".up", ".c_fc"), (".down", ".c_proj")):
         name = name.replace(ours, theirs)
     return name
 
@@ -369,9 +373,10 @@ def _safetensors():
 def _read_config(directory: Path) -> GPTConfig:
     try:
         theirs = {"resid_pdrop": 0.1} | json.loads((directory / "config.json").read_text())
-        config = GPTConfig(**{ours: theirs[key] for key, ours in _HUGGING_FACE_SIZES.items() if key in theirs})
+        sizes = {ours: theirs[key] for key, ours in _HUGGING_FACE_SIZES.items() if key in theirs}
+        config = GPTConfig(**sizes)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{directory} is no Hugging Face directory of a GPT-2: config.json: {error}") from None
+        raise ValueError(f"{directory} is no Hugging Face GPT-2: config.json: {error}") from None
     for key, value in _HUGGING_FACE_FORM.items():
         if theirs.get(key, value) != value:
             raise ValueError(f"{directory}: config.json has {key} = {theirs[key]!r}, GPT computes {value!r}")
@@ -380,7 +385,7 @@ def _read_config(directory: Path) -> GPTConfig:
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     safetensors, tensors, whole = _safetensors(), {}, directory / "model.safetensors"
-    for file in [whole] if whole.exists() else sorted(directory.glob("model-*.safetensors")):  # or numbered shards
+    for file in [whole] if whole.exists() else sorted(directory.glob("model-*.safetensors")):
         try:
             tensors |= safetensors.torch.load_file(file)
         except safetensors.SafetensorError as error:
@@ -421,10 +426,12 @@ def main(steps: int, seed: int) -> None:
         loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 40, 1 - step / steps)  # warm-up, then linear to 0
+        # a warm-up, then down to zero
+        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 40, 1 - step / steps)
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step:4}   loss {loss:.3f}" + f"   (expected ln V = {math.log(128):.3f})" * (step == 0))
+            expected = f"   (expected ln V = {math.log(128):.3f})" if step == 0 else ""
+            print(f"step {step:4}   loss {loss:.3f}{expected}")
 
     model.eval()
     tokens, cache = text[None, :16], model.new_cache(1, config.context)
@@ -445,7 +452,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
     try:
         main(**vars(parser.parse_args()))
     except ValueError as error:

@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -367,7 +368,8 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    # Without argparse's usage lines a mistake is answered in one line.
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
@@ -376,16 +378,22 @@ def main() -> None:
     parser.add_argument("--bucket_mb", type=float, default=0.25, help="bucket size in 2^20 bytes")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
     options = parser.parse_args()
-    P = int(os.environ.get("WORLD_SIZE", options.ranks))
+    started_by_torchrun = "RANK" in os.environ
+    P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
     if min(P, options.steps, options.batch, options.width) < 1 or not options.bucket_mb > 0:
         parser.exit(2, "parallel.py: --ranks --steps --batch --width --bucket_mb must be positive\n")
     if options.batch % P:
         parser.exit(2, f"parallel.py: --batch {options.batch} must be a multiple of the {P} ranks\n")
-    if "RANK" in os.environ:  # torchrun has started this rank
+    if not 0 <= options.seed < 2**62:
+        parser.exit(2, f"parallel.py: --seed must be in 0 .. 2^62 - 1, got {options.seed}\n")
+    if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
         torch.multiprocessing.spawn(_demo, (P, options, (Path(folder) / "ranks").as_uri()), nprocs=P)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -166,13 +166,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT) 
                 if before:
                     left_was = left_is = before[-1]
                 if left_is:
+                    made = left_is + new
                     counts[left_was + first] -= n
-                    counts[left_is + new] += n
-                    gained[left_is + new].append(i)
+                    counts[made] += n
+                    gained[made].append(i)
                 if after:
+                    made = new + after[0]
                     counts[second + after[0]] -= n
-                    counts[new + after[0]] += n
-                    gained[new + after[0]].append(i)
+                    counts[made] += n
+                    gained[made].append(i)
                 left_was, left_is = second, new  # what the next pair has to its left if nothing is between
         counts[pair] = 0
         holders |= gained
@@ -244,7 +246,8 @@ def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
     written beside first. ValueError if there is no such folder, OSError if it cannot be written to."""
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path}: {'is a' if path.is_dir() else 'no such'} folder; name a file in one there is")
+        problem = "is a" if path.is_dir() else "no such"
+        raise ValueError(f"{path}: {problem} folder; name a file in one there is")
     ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     data = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
     sidecar = {"name": encoding.name, "pattern": encoding._pat_str,

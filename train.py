@@ -69,6 +69,8 @@ class World:
             result = do() if who else None
         except (ConfigError, data.DataError, checkpoint.CheckpointError) as error:
             failure = str(error)
+        except OSError as error:
+            failure = f"{error.strerror or error}: {error.filename}; what was saved before is as it was"
         failures = [f for f in self.gather(failure) if f]
         if failures:
             raise ConfigError(failures[0])
@@ -105,14 +107,16 @@ def join(config: TrainConfig) -> World:
         raise ConfigError(f"--device={kind} cannot be used here; there is {', '.join(here)}")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        if local_size > torch.cuda.device_count():
             raise ConfigError(f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
-                            f"torchrun --nproc_per_node={torch.cuda.device_count()}")
+                              f"torchrun --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    else:  # the cores are shared out among the processes of this machine
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_size))
+    else:
+        threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+        if threads == 0 or threads == 1 and local_size > 1:  # torchrun says 1 where the user said nothing
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // local_size))
         keep_freed_memory()
     if size > 1:
         wait = timedelta(seconds=config.timeout)
@@ -569,7 +573,7 @@ def main(arguments: list[str]) -> int:
             print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        print(f"train.py: {error.strerror}: {error.filename}; the last checkpoint is as it was", file=sys.stderr)
+        print(f"train.py: {error.strerror or error}: {error.filename}; what was saved before is as it was", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         return 128 + signal.SIGINT

@@ -29,6 +29,7 @@ def main(device: str, batches: list[int], new_tokens: int, repeats: int, threads
     if threads:
         torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
     ours = {torch.float32: GPT(GPTConfig(), generator=generator).eval()}
     with tempfile.TemporaryDirectory() as directory:
@@ -89,4 +90,9 @@ if __name__ == "__main__":
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens decoded per row (default 64)")
     parser.add_argument("--repeats", type=int, default=5, help="measured runs of each side (default 5)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    if min(*arguments.batches, arguments.new_tokens, arguments.repeats, arguments.threads or 1) < 1:
+        parser.error("every number must be at least 1")
+    if arguments.new_tokens > 992:
+        parser.error(f"--new_tokens {arguments.new_tokens} and 32 of the prompt exceed the context of 1024")
+    main(**vars(arguments))

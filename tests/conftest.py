@@ -33,6 +33,7 @@ for folder in (ROOT, ROOT / "tests"):
 
 # The tests' tensors are small: a second thread costs more than it brings, and ranks share the cores.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _with_rank(error, rank):

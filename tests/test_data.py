@@ -531,6 +531,6 @@ def test_program_stops_without_a_traceback_on_ctrl_c(monkeypatch, capsys):
         raise KeyboardInterrupt
     monkeypatch.setattr(sysconfig, "get_path", interrupted)
     monkeypatch.setattr(sys, "argv", ["data.py"])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(BaseException) as exit:
         runpy.run_path(data.__file__, run_name="__main__")
-    assert exit.value.code == 130 and capsys.readouterr().err == ""
+    assert isinstance(exit.value, SystemExit) and exit.value.code == 130 and capsys.readouterr().err == ""

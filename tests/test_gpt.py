@@ -205,7 +205,7 @@ def test_a_full_cache_and_a_full_context_are_refused():
     model = tiny()
     cache = model.new_cache(1, 4)
     model(tokens_of(1, 3), cache)
-    with pytest.raises(ValueError, match="4 slots holds 3 and has no room for 2"):
+    with pytest.raises(ValueError, match="4 slots holds 3: no room for 2"):
         model(tokens_of(1, 2), cache)
     with pytest.raises(ValueError, match="25 tokens from position 0 do not fit a context of 24"):
         model(tokens_of(1, 25))
@@ -325,5 +325,5 @@ def test_foreign_and_broken_directories_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no model\\*.safetensors is there"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no Hugging Face directory of a GPT-2: config.json"):
+    with pytest.raises(ValueError, match="no Hugging Face GPT-2: config.json"):
         GPT.from_pretrained(tmp_path)

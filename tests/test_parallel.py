@@ -661,10 +661,33 @@ def test_demo_ends_on_its_verdict():
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--batch", "7"), ("--ranks", "0"), ("--steps", "0"), ("--width", "-1"), ("--bucket_mb", "0")])
+    ("--batch", "7"), ("--ranks", "0"), ("--steps", "0"), ("--width", "-1"), ("--bucket_mb", "0"),
+    ("--bucket_mb", "x"), ("--seed", "1" + "0" * 30)])
 def test_demo_refuses_bad_flags_in_one_line(flag, value, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["parallel.py", flag, value])
     with pytest.raises(SystemExit) as stop:
         parallel.main()
     message = capsys.readouterr().err
     assert stop.value.code == 2 and len(message.splitlines()) == 1 and flag in message
+
+
+def test_demo_starts_as_many_ranks_as_asked_whatever_another_launcher_left_in_the_environment(monkeypatch):
+    started = []
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--ranks", "2"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", lambda fn, args, nprocs: started.append(nprocs))
+    parallel.main()
+    assert started == [2]
+
+
+def test_empty_and_scalar_parameters_match_the_mean_of_the_gradients():
+    def fn(rank):
+        model = nn.ParameterList([torch.zeros(0, 3), torch.ones(()), torch.ones(2)])
+        dp = DataParallel(model, bucket_mb=TINY)
+        (model[0].sum() + (rank + 1) * model[1] * model[2].sum()).backward()
+        dp.finish()
+        return [p.grad for p in model]
+    for empty, scalar, pair in run_ranks(3, fn):  # the mean of 1, 2, 3 is 2; a third is not exact in fp32
+        assert empty.shape == (0, 3)
+        torch.testing.assert_close((scalar.item(), pair.tolist()), (4.0, [2.0, 2.0]), atol=1e-6, rtol=0)
