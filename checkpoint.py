@@ -4,7 +4,7 @@ Idea      A checkpoint is a directory. It is written under a temporary name, for
           renamed: on every POSIX file system a rename happens or does not, so a kill, a crash or a full disk
           at any moment leaves the last checkpoint as it was. A manifest with the length and SHA-256 of every
           file is what a reader trusts, so a truncated file or one flipped bit is refused by name.
-Layout    out/step-00000200/ model.pt       parameter name -> tensor, full shape, fp32
+Shapes    out/step-00000200/ model.pt       parameter name -> tensor, full shape, fp32
                              optimizer.pt   parameter name -> {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}
                              meta.json      step, configs, whatever the run wants to know of itself
                              ...            files of the caller's (the tokenizer)
