@@ -377,7 +377,7 @@ def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_n
     """Tokens distributed as ``generate(model, ...)``'s, in fewer calls of the model.
 
     Leviathan et al. 2023, algorithm 1; Chen et al. 2023 (2302.01318), algorithm 2. The draft guesses
-    ``draft_tokens`` tokens (0: none) one by one; the model checks them in one pass. Temperature 0 gives the greedy tokens.
+    ``draft_tokens`` tokens (0: none) one by one, the model checks them in one pass. Temperature 0 is greedy.
     Raises ValueError as ``generate``, or if the two vocabularies differ in size.
     """
     sizes = [m.config.vocab_size for m in (model, draft)]

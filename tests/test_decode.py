@@ -117,8 +117,8 @@ def test_top_p_keeps_at_least_one_and_top_k_larger_than_the_vocabulary_keeps_all
     assert torch.equal(top_k(logits, 99), logits)
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(temperature=float("nan")), dict(temperature=1e-40), dict(top_k=0),
-                                 dict(top_k=2.5), dict(top_p=0.0),
+@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(temperature=float("nan")),
+                                 dict(temperature=1e-40), dict(top_k=0), dict(top_k=2.5), dict(top_p=0.0),
                                  dict(top_p=1.1), dict(min_p=-0.1), dict(min_p=1.5), dict(repetition_penalty=0.0)])
 def test_values_out_of_range_are_refused(bad):
     (name, value), = bad.items()
