@@ -15,6 +15,7 @@ Test      pytest tests/test_config.py
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class TrainConfig:
     # the text
     data: str | None = setting(None, "files to train on, e.g. 'my/*.txt' (.txt .md .jsonl[.gz] .warc.wet[.gz]); "
                                      "derived: Python's own documentation")
-    held_out: float = setting(0.05, "share of the documents that is kept for validation", least=0, below=1)
+    held_out: float = setting(0.05, "share of the documents that is kept for validation", least=0.001, below=1)
     tokenizer: str = setting("train", "'train' a vocabulary on the text, or a tiktoken name, or a file")
     vocab_size: int = setting(4096, "size of the vocabulary to train, end-of-text included", least=257)
     # the model
@@ -48,9 +49,9 @@ class TrainConfig:
     d_model: int = setting(192, "width of the residual stream", least=1)
     dropout: float = setting(0.0, "dropout on embeddings and residual branches", least=0, below=1)
     # learning
-    steps: int = setting(600, "optimizer steps", least=0)
+    steps: int = setting(600, "optimizer steps", least=1, below=10**10)
     batch_tokens: int = setting(8192, "tokens per optimizer step, over all processes", least=1)
-    micro_batch: int | None = setting(None, "sequences per pass of one process; derived: as many as fit", least=1)
+    micro_batch: int | None = setting(None, "sequences per pass of one process; derived: up to 16384 tokens", least=1)
     lr: float = setting(2e-3, "peak learning rate", least=0)
     min_lr: float | None = setting(None, "learning rate at the end; derived: lr / 10", least=0)
     warmup_steps: int | None = setting(None, "steps of linear warm-up; derived: steps / 20", least=0)
@@ -67,7 +68,7 @@ class TrainConfig:
                                     ("fp32", "bf16"))
     dp: int | None = setting(None, "data-parallel processes; derived: all of them", least=1)
     compile: bool = setting(False, "torch.compile the blocks: faster after a minute's wait")
-    timeout: int = setting(600, "seconds after which a silent process counts as lost", least=1)
+    timeout: int = setting(600, "seconds after which a silent process counts as lost", least=1, below=10**7)
     # the run
     out: str = setting("out/pretrain", "directory of checkpoints, metrics.jsonl and packed tokens")
     resume: bool = setting(False, "go on from the newest checkpoint in --out, if there is one")
@@ -84,6 +85,8 @@ class TrainConfig:
             value, least, below = getattr(self, field.name), field.metadata["least"], field.metadata["below"]
             if value is None:
                 continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"--{field.name} must be finite, got {value}")
             if least is not None and not value >= least:
                 raise ConfigError(f"--{field.name} must be at least {least}, got {value}")
             if below is not None and not value < below:
@@ -102,6 +105,8 @@ PRESETS = {
 # What a checkpoint fixes: with any of these changed a resumed run would be another one.
 FIXED_BY_CHECKPOINT = ("data", "held_out", "tokenizer", "vocab_size", "context", "n_layers", "n_heads", "d_model",
                        "batch_tokens", "seed")
+# What belongs to the machine and the moment: never taken from a checkpoint.
+OF_THE_MACHINE = {"device", "dp", "micro_batch", "compile", "timeout", "out", "resume", "overwrite"}
 
 
 # --- 2. flags -------------------------------------------------------------------------------
@@ -115,11 +120,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 def whole_number(text: str) -> int:
     """int, also from 1e6 and 2**19."""
-    base, _, exponent = text.partition("**")
-    value = int(base) ** int(exponent) if exponent else float(text)
-    if value != int(value):
-        raise ValueError
-    return int(value)
+    try:
+        base, _, exponent = text.partition("**")
+        value = int(base) ** int(exponent) if exponent else float(text)
+        if value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
 def parse(arguments: list[str], description: str) -> tuple[TrainConfig, set[str]]:
@@ -197,7 +205,7 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
         raise ConfigError(f"--batch_tokens={c.batch_tokens} is no multiple of context * processes = "
                           f"{c.context} * {c.dp}; the nearest is {max(1, round(c.batch_tokens / least)) * least}")
     local = sequences // c.dp
-    most = max(1, 16384 // c.context)  # 16K tokens a pass keep any device busy and fit in 8 GB
+    most = max(1, 16384 // c.context)  # more tokens a pass make no device busier
     fill("micro_batch", max(m for m in range(1, min(local, most) + 1) if local % m == 0),
          f"the largest divisor of a process's {local} sequences with at most 16384 tokens")
     if local % c.micro_batch:
@@ -207,6 +215,12 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
     fill("warmup_steps", c.steps // 20, "steps / 20")
     for name in ("decay_steps", "save_every", "eval_every"):
         fill(name, max(1, c.steps // 5), "steps / 5")
+    if c.d_model % c.n_heads:
+        raise ConfigError(f"--n_heads={c.n_heads} does not divide --d_model={c.d_model}")
+    if c.min_lr > c.lr:
+        raise ConfigError(f"--min_lr={c.min_lr:g} is above --lr={c.lr:g}")
+    if c.warmup_steps + (c.decay_steps if c.schedule == "wsd" else 0) > c.steps:
+        raise ConfigError(f"--warmup_steps={c.warmup_steps} and the decay do not fit into --steps={c.steps}")
     notes.append(f"one step = {c.batch_tokens} tokens = {c.dp} processes * {local // c.micro_batch} accumulated "
                  f"* {c.micro_batch} sequences * {c.context} tokens")
     return c, notes

@@ -7,7 +7,8 @@ Formula   loss = -(1/n) sum log p(x_t | x_<t) over ALL n tokens of a step, whoev
           n = batch_tokens = processes * accumulation * micro_batch * context. The number of processes changes
           who does what, never what is learnt.
 Shapes    a micro-batch: tokens (micro_batch, context) -> logits (micro_batch, context, V)
-Omits     everything that the concept files explain. Here are only the run and its configuration.
+Omits     text larger than memory; tensor, pipeline and ZeRO parallelism. With dropout the masks are each
+          process's own, and the number of processes changes them.
 Run       python train.py                                           one process
           torchrun --standalone --nproc_per_node=2 train.py         the same run on two
           torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz'
@@ -17,7 +18,6 @@ Test      pytest tests/test_train.py
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -45,105 +45,12 @@ import decode
 import gpt
 import parallel
 import tokenizer
-from config import FIXED_BY_CHECKPOINT, ConfigError, TrainConfig, derive, parse, refuse_meaningless
+from config import (FIXED_BY_CHECKPOINT, OF_THE_MACHINE, ConfigError, TrainConfig, derive, parse,
+                    refuse_meaningless)
+from processes import ProcessError, World, join, measure_peak, memory, multiplies_bf16
 
 
-# --- 1. the processes -----------------------------------------------------------------------
-
-@dataclass
-class World:
-    """Who this process is among all that train: rank of size; ``local_rank`` 0 is the first on its machine."""
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    device: torch.device = torch.device("cpu")
-
-    def say(self, text: str) -> None:
-        if self.rank == 0 and text:
-            print(text, flush=True)
-
-    def agree(self, do: Callable, who: bool):
-        """Those processes for which ``who`` holds do something; if it fails on any, all raise its ConfigError."""
-        result, failure = None, None
-        try:
-            result = do() if who else None
-        except (ConfigError, data.DataError, checkpoint.CheckpointError) as error:
-            failure = str(error)
-        except OSError as error:
-            failure = f"{error.strerror or error}: {error.filename}; what was saved before is as it was"
-        failures = [f for f in self.gather(failure) if f]
-        if failures:
-            raise ConfigError(failures[0])
-        return result
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over all processes."""
-        if self.size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value) -> list:
-        """Every process's value, in the order of ranks."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-
-def join(config: TrainConfig) -> World:
-    """Read what torchrun set (nothing: one process), pick the device, and start torch.distributed.
-
-    Raises:
-        ConfigError: for a device that is not here.
-    """
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * (torch.backends.mps.is_available() and size == 1) + ["cpu"]
-    kind = config.device or here[0]
-    if kind not in here:
-        raise ConfigError(f"--device={kind} cannot be used here; there is {', '.join(here)}")
-    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        if local_size > torch.cuda.device_count():
-            raise ConfigError(f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
-                              f"torchrun --nproc_per_node={torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    else:
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0))
-        if threads == 0 or threads == 1 and local_size > 1:  # torchrun says 1 where the user said nothing
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            torch.set_num_threads(max(1, cores // local_size))
-        keep_freed_memory()
-    if size > 1:
-        wait = timedelta(seconds=config.timeout)
-        store, _, _ = next(dist.rendezvous("env://", timeout=wait))
-        # torchrun restarts with the store of the attempt before, where the addresses of the dead still stand.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
-    return World(rank, size, local_rank, device)
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed pages: every step asks for them again, and the kernel would zero each anew."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to ask
-        libc = ctypes.CDLL("libc.so.6")
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # without it bf16 is slower than fp32
-
-
-# --- 2. the text ----------------------------------------------------------------------------
+# --- 1. the text ----------------------------------------------------------------------------
 
 @dataclass
 class Corpus:
@@ -157,28 +64,26 @@ class Corpus:
 def prepare(config: TrainConfig, world: World, resumed: Path | None) -> Corpus:
     """Read, split, tokenise and pack the text, once per machine, into ``out/tokens``; then open it everywhere.
 
-    A resumed run uses the tokenizer of its checkpoint, and the packed tokens if they are still there.
+    A resumed run uses the tokenizer of its checkpoint, and the packed tokens if they are still there and whole.
 
     Raises:
-        ConfigError: for text that cannot be used, or that is not what the checkpoint was trained on.
+        ProcessError: for text that cannot be used, or that is not what the checkpoint was trained on.
     """
     folder = Path(config.out) / "tokens"
-    if not (resumed and (folder / "held_out_bytes").exists()):
-        world.agree(lambda: _pack_corpus(config, folder, resumed, world), who=world.local_rank == 0)
 
-    def open_corpus() -> Corpus:
-        train, held_out = (np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "validation"))
-        windows = data.TokenWindows(train, config.context, config.seed)
-        # A held-out text shorter than one context is one shorter window.
-        validation = data.TokenWindows(held_out, max(1, min(config.context, len(held_out) - 1)), shuffle=False)
-        n_bytes = int((folder / "held_out_bytes").read_text())
-        return Corpus(tokenizer.load(folder / "tokenizer.tiktoken"), windows, validation, n_bytes / len(held_out),
-                      _fingerprint(train, held_out))
+    def is_packed() -> bool:
+        try:
+            return bool(resumed) and _open_corpus(config, folder).fingerprint == trained_on
+        except (ValueError, OSError):
+            return False
 
-    corpus = world.agree(open_corpus, who=True)
+    trained_on = resumed and checkpoint.load(resumed, parts=())["meta"]["data_fingerprint"]
+    must_pack = world.local_rank == 0 and not is_packed()
+    world.agree(lambda: _pack_corpus(config, folder, resumed, world), here=must_pack, slow=True)
+    corpus = world.agree(lambda: _open_corpus(config, folder))
     if len(set(world.gather(corpus.fingerprint))) > 1:
         raise ConfigError("the machines read different text: give all of them the same --data and Python")
-    if resumed and checkpoint.load(resumed, parts=())["meta"]["data_fingerprint"] != corpus.fingerprint:
+    if resumed and trained_on != corpus.fingerprint:
         raise ConfigError(f"{resumed} was trained on other text than {config.data or 'the default corpus'} is now; "
                           f"give it that text, or another --out")
     world.say(f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} held out, "
@@ -186,26 +91,34 @@ def prepare(config: TrainConfig, world: World, resumed: Path | None) -> Corpus:
     return corpus
 
 
+def _open_corpus(config: TrainConfig, folder: Path) -> Corpus:
+    train, held_out = (np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "validation"))
+    windows = data.TokenWindows(train, config.context, config.seed)
+    # A held-out text shorter than one context is one shorter window.
+    validation = data.TokenWindows(held_out, max(1, min(config.context, len(held_out) - 1)), shuffle=False)
+    n_bytes = int((folder / "held_out_bytes").read_text())
+    return Corpus(tokenizer.load(folder / "tokenizer.tiktoken"), windows, validation, n_bytes / len(held_out),
+                  _fingerprint(train, held_out))
+
+
 def _pack_corpus(config: TrainConfig, folder: Path, resumed: Path | None, world: World) -> None:
+    try:  # a tokenizer that cannot be had is known before the text is read
+        named = None if config.tokenizer == "train" and not resumed else \
+            tokenizer.load(resumed / "tokenizer.tiktoken" if resumed else config.tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"--tokenizer={config.tokenizer}: {error}") from None
     world.say(f"reading {config.data or 'the documentation and docstrings of this Python'} ...")
     documents = data.default_documents() if config.data is None else list(data.read_documents(config.data))
     train, held_out = data.split_documents(documents, config.held_out)
     world.say(f"{len(train):,} documents to train on, {len(held_out):,} held out")
-    try:
-        if resumed or config.tokenizer != "train":
-            encoding = tokenizer.load(resumed / "tokenizer.tiktoken" if resumed else config.tokenizer)
-        else:
-            world.say(f"training a vocabulary of {config.vocab_size} ...")
-            encoding = tokenizer.train(train, config.vocab_size)
-        eot = tokenizer.eot(encoding)
-    except ValueError as error:
-        raise ConfigError(f"--tokenizer={config.tokenizer}: {error}") from None
+    if named is None:
+        world.say(f"training a vocabulary of {config.vocab_size} ...")
+    encoding = named or tokenizer.train(train, config.vocab_size)
+    eot = tokenizer.eot(encoding)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "held_out_bytes").unlink(missing_ok=True)
     for side, texts in (("train", train), ("validation", held_out)):
         data.pack(texts, lambda text: tokenizer.encode(encoding, text), eot, encoding.n_vocab, folder / f"{side}.npy")
     tokenizer.save(encoding, folder / "tokenizer.tiktoken")
-    # Written last: its presence says that the rest is whole.
     (folder / "held_out_bytes").write_text(str(sum(len(text.encode()) for text in held_out)))
 
 
@@ -217,7 +130,7 @@ def _fingerprint(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-# --- 3. the step ----------------------------------------------------------------------------
+# --- 2. the step ----------------------------------------------------------------------------
 
 def learning_rate(c: TrainConfig, step: int) -> float:
     """Linear warm-up to lr; then half a cosine to min_lr, or flat with a linear decay over the last ``decay_steps``
@@ -248,7 +161,7 @@ def pick_attention(device: torch.device, context: int, precision: str) -> Callab
 
 
 class Trainer:
-    """A model, its optimizer, and the step: what there is to know after every step is ``stats``.
+    """A model, its optimizer, and the step.
 
     ``model`` holds the fp32 weights that are optimised and saved. ``working`` is what forward and backward run
     on: the same module, but for bf16 on a CPU, where it is a copy in bf16 and gradients are summed in fp32
@@ -364,127 +277,151 @@ class Trainer:
         return self.world.sum([total])[0] / (count * windows.context)
 
 
-def measure_peak(world: World, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, on all processes at once, summed: what MFU is measured against."""
-    n = 4096 if world.device.type == "cuda" else 768
-    a, b = (torch.randn(n, n, device=world.device).to(dtype) for _ in range(2))
-    times: list[float] = []
-    while len(times) < 10 and sum(times) < 0.5:
-        began = time.perf_counter()
-        (a @ b)[0, 0].item()  # reading a number waits for the device
-        times.append(time.perf_counter() - began)
-    return world.sum([2 * n**3 / min(times)])[0]
+# --- 3. the run -----------------------------------------------------------------------------
 
+def decide(settings: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path | None]:
+    """On rank 0: what this run is. Returns its settings and, if it goes on from there, a checkpoint.
 
-# --- 4. the run -----------------------------------------------------------------------------
-
-def configure(arguments: list[str]) -> TrainConfig:
-    """The settings of this run: where it is resumed, those of the checkpoint in --out under what is given now.
+    A resumed run has the settings of its checkpoint under what is given now. Another run in --out is neither
+    continued nor overwritten unasked. After a crash torchrun starts the processes again with the same arguments:
+    then the run goes on, if it is the one that this torchrun began, as the mark in --out tells.
 
     Raises:
-        ConfigError: for a bad flag, or one that would make the resumed run another one.
-        CheckpointError: for a checkpoint that cannot be trusted.
+        ConfigError, CheckpointError: one line that says what to do.
     """
-    settings, given = parse(arguments, __doc__)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun started us again: go on where we died
-        settings = dataclasses.replace(settings, resume=True, overwrite=False)
-    refuse_meaningless(settings, given)
-    if not settings.resume or not any(Path(settings.out).glob("step-*")):
-        return dataclasses.replace(settings, resume=False)
-    path = checkpoint.latest(settings.out)
-    saved = checkpoint.load(path, parts=())["meta"].get("train_config", {})
+    out = Path(settings.out)
+    mark, me = out / ".torchrun", f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and mark.exists() and mark.read_text() == me
+    found = any(out.glob("step-*"))
+    if found and not (settings.resume or settings.overwrite or restarted):
+        raise ConfigError(f"{out} already holds a run ({checkpoint.latest(out).name}): --resume goes on with it, "
+                          f"--overwrite starts again, --out=DIR writes elsewhere")
+    _lock(out)
+    mark.write_text(me)
+    if not found or settings.overwrite and not restarted:
+        for old in out.glob("step-*"):
+            checkpoint.remove(old)
+        if settings.resume:
+            print(f"nothing to resume in {out}: starting from the beginning", flush=True)
+        return settings, None
+    path = checkpoint.latest(out)
+    saved = checkpoint.load(path, parts=())["meta"]
     for name in FIXED_BY_CHECKPOINT:
-        if name in given and getattr(settings, name) != saved.get(name):
-            raise ConfigError(f"{path} was trained with --{name}={saved.get(name)}, not {getattr(settings, name)}; "
-                              f"leave the flag out to resume, or give another --out")
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - given - {"out", "resume", "overwrite"}
-    return dataclasses.replace(settings, **{name: value for name, value in saved.items() if name in known})
+        if name in given and getattr(settings, name) != saved["train_config"].get(name):
+            raise ConfigError(f"{path} was trained with --{name}={saved['train_config'].get(name)}, not "
+                              f"{getattr(settings, name)}; leave the flag out to resume, or give another --out")
+    kept = {field.name for field in dataclasses.fields(TrainConfig)} - given - OF_THE_MACHINE
+    merged = {name: value for name, value in saved["train_config"].items() if name in kept}
+    settings = dataclasses.replace(settings, **merged, resume=True, overwrite=False)
+    if settings.steps < saved["step"]:
+        raise ConfigError(f"{path} has done {saved['step']} steps already; --steps={settings.steps} is less")
+    return settings, path
 
 
-def run(settings: TrainConfig) -> None:
+def _lock(out: Path) -> None:
+    """One run per folder, for as long as this process lives; without file locks (Windows) on the user's honour."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ConfigError(f"{out} is being written by process {file.read() or '?'}; wait for it, end it, or give "
+                              f"another --out") from None
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        _LOCKS[str(out)] = file  # closed, and so unlocked, when the run is over
+
+
+_LOCKS: dict[str, object] = {}
+
+
+def run(settings: TrainConfig, given: set[str]) -> None:
     """Train as configured, from the text to the samples.
 
     Raises:
-        ConfigError, DataError, CheckpointError: one line each; what was good before is saved.
+        ConfigError, ProcessError: one line each; what was good before is saved.
         SystemExit: 128 + n after signal n, everything saved.
     """
-    world = join(settings)
-    c, notes = derive(settings, world.size, world.device.type, _multiplies_bf16(world.device))
-    resumed = world.agree(lambda: _find_run(c), who=True)
+    world = join(settings.device, settings.timeout)
+    settings, resumed = world.first(lambda: decide(settings, given))
+    c, notes = derive(settings, world.size, world.device.type, multiplies_bf16(world.device))
     world.say("\n".join(notes))
+    if resumed:
+        world.agree(lambda: _must_exist(resumed))
     corpus = prepare(c, world, resumed)
-    try:
-        sizes = gpt.GPTConfig(corpus.encoding.n_vocab, c.context, c.n_layers, c.n_heads, c.d_model, dropout=c.dropout)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    sizes = gpt.GPTConfig(corpus.encoding.n_vocab, c.context, c.n_layers, c.n_heads, c.d_model, dropout=c.dropout)
+    needed = 16 * gpt.count_parameters(sizes)  # fp32 weight, gradient and AdamW's two moments
+    if needed > memory(world.device):
+        raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
+                          f"{memory(world.device) / 2**30:,.0f} GiB here: fewer --n_layers, a smaller --d_model")
     model = gpt.GPT(sizes, pick_attention(world.device, c.context, c.precision), torch.Generator().manual_seed(c.seed))
     trainer = Trainer(c, model.to(world.device), world)
-    first = _restore(trainer, resumed)
-    progress = Progress(trainer, corpus, first)
+    first, last_line = _restore(trainer, resumed)
+    progress = Progress(trainer, corpus, first, last_line)
     world.say(f"GPT of {gpt.count_parameters(sizes):,} parameters, {c.precision}, {world.size} x {c.device}; matrix "
               f"products reach {progress.peak / 1e12:.3g} TFLOP/s; expect a first loss of about ln V = "
               f"{math.log(sizes.vocab_size):.3f}")
 
     received = _note_signals(world)
+    loss = None
     for step in range(first, c.steps):
         stats = trainer.step(step, corpus.train, stop=bool(received))
         if stats["bad"]:
-            _save(trainer, settings, corpus, step)
-            raise ConfigError(f"stopped in step {step + 1}: {stats['bad']}; the weights from before it are saved "
-                              f"in {c.out}; look at that text, or --resume with a lower --lr")
-        done, last = step + 1, step + 1 == c.steps or stats["stop"]
-        if last or done % c.save_every == 0:
-            _save(trainer, settings, corpus, done)
+            _save(trainer, settings, corpus, step, None, keep=None)
+            raise ConfigError(f"stopped in step {step + 1}: {stats['bad']}; the weights from before it are saved as "
+                              f"step {step} in {c.out}: look at that text, or --resume with a lower --lr, or delete "
+                              f"that step to go on from the one before")
+        done, last = step + 1, step + 1 == c.steps
+        line = progress.describe(done, stats)
+        if last or stats["stop"] or done % c.save_every == 0:
+            _save(trainer, settings, corpus, done, line, keep=c.keep)
         # Validation comes after the save: it needs other memory than the step, and may be what ends the run.
-        validate = not stats["stop"] and (last or done % c.eval_every == 0)
-        progress.report(done, stats, trainer.evaluate(corpus.validation) if validate else None)
-        if stats["stop"]:
+        if not stats["stop"] and (last or done % c.eval_every == 0):
+            loss = line["held_out_loss"] = trainer.evaluate(corpus.validation)
+        progress.report(line)
+        if stats["stop"] and not last:
             world.say(f"stopped after step {done}, saved in {c.out}; --resume goes on")
-            raise SystemExit(128 + (received or [signal.SIGTERM])[0])
+            raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    _finish(trainer, corpus)
+    _finish(trainer, corpus, trainer.evaluate(corpus.validation) if loss is None else loss)
 
 
-def _find_run(c: TrainConfig) -> Path | None:
-    """The checkpoint to resume from. A run that is there and not resumed is only overwritten if told so."""
-    if c.overwrite or not any(Path(c.out).glob("step-*")):
-        return None
-    path = checkpoint.latest(c.out)
-    if not c.resume:
-        raise ConfigError(f"{c.out} already holds a run ({path.name}): --resume goes on with it, --overwrite starts "
-                          f"again, --out=DIR writes elsewhere")
-    return path
+def _must_exist(path: Path) -> None:
+    if not path.exists():
+        raise ConfigError(f"{path} is not to be seen from every machine: --out must be a folder that they share")
 
 
-def _restore(trainer: Trainer, resumed: Path | None) -> int:
-    """Load a checkpoint into the trainer, or clear the way for a new run; returns the number of steps done."""
-    world, c = trainer.world, trainer.config
+def _restore(trainer: Trainer, resumed: Path | None) -> tuple[int, dict | None]:
+    """Load a checkpoint into the trainer; returns the number of steps done and the last one's metrics."""
     if resumed is None:
-        world.agree(lambda: [checkpoint.remove(path) for path in Path(c.out).glob("step-*")], who=world.rank == 0)
-        return 0
-    state = world.agree(lambda: checkpoint.load(resumed), who=True)
-    world.agree(lambda: checkpoint.load_states(trainer.model, trainer.optimizer, state), who=True)
+        return 0, None
+    state = trainer.world.agree(lambda: checkpoint.load(resumed))
+    trainer.world.agree(lambda: checkpoint.load_states(trainer.model, trainer.optimizer, state))
     trainer.update_copies()
-    world.say(f"resuming from {resumed}")
-    return state["meta"]["step"]
+    trainer.world.say(f"resuming from {resumed}")
+    return state["meta"]["step"], state["meta"].get("metrics")
 
 
-def _save(trainer: Trainer, settings: TrainConfig, corpus: Corpus, step: int) -> None:
-    """One process writes, all learn whether it worked. Of ``settings`` None stays None: the next machine derives."""
+def _save(trainer: Trainer, settings: TrainConfig, corpus: Corpus, step: int, line: dict | None,
+          keep: int | None) -> None:
+    """One process writes, all learn whether it worked. What ``settings`` leaves to the machine stays None."""
     c, model, world = trainer.config, trainer.model, trainer.world
 
     def write() -> None:
         meta = {"model_type": "gpt", "model_config": dataclasses.asdict(model.config),
                 "train_config": dataclasses.asdict(settings), "data_fingerprint": corpus.fingerprint,
-                "examples_seen": step * c.batch_tokens // c.context, "git_revision": _git_revision(),
-                "torch": torch.__version__}
+                "examples_seen": step * c.batch_tokens // c.context, "metrics": line,
+                "git_revision": _git_revision(), "torch": torch.__version__}
         tensors = {"model": {name: p.detach() for name, p in model.named_parameters()},
                    "optimizer": checkpoint.optimizer_state(model, trainer.optimizer)}
-        checkpoint.save(c.out, step, tensors, meta, keep=c.keep,
+        checkpoint.save(c.out, step, tensors, meta, keep=keep,
                         write_files=lambda folder: tokenizer.save(corpus.encoding, folder / "tokenizer.tiktoken"))
 
-    world.agree(write, who=world.rank == 0)
+    world.agree(write, here=world.rank == 0)
 
 
 def _git_revision() -> str | None:
@@ -496,10 +433,14 @@ def _git_revision() -> str | None:
 def _note_signals(world: World) -> list[int]:
     """From now on Ctrl-C and a polite kill only fill the list that this returns; the loop looks at it."""
     received: list[int] = []
+    moment = [0.0]
 
     def note(number, frame):
-        if not received:  # torchrun passes Ctrl-C on to processes that have it already
-            world.say("stopping after this step ...")
+        if not received:
+            moment[0] = time.monotonic()
+            world.say("stopping after this step ... (Ctrl-C again: at once, without saving)")
+        elif number == signal.SIGINT and time.monotonic() - moment[0] > 2:  # sooner it is torchrun passing it on
+            raise KeyboardInterrupt
         received.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -514,79 +455,102 @@ class Progress:
     the same time at the speed of its large matrix products, measured at the start.
     """
 
-    def __init__(self, trainer: Trainer, corpus: Corpus, first: int):
+    def __init__(self, trainer: Trainer, corpus: Corpus, first: int, last_line: dict | None):
         self.c, self.world, self.corpus = trainer.config, trainer.world, corpus
         self.flops = gpt.flops_per_token(trainer.model.config)
         self.peak = measure_peak(self.world, torch.bfloat16 if self.c.precision == "bf16" else torch.float32)
-        self.pace, self.began = None, time.perf_counter()  # pace: seconds per step, smoothed
+        self.pace, self.first = None, first  # pace: seconds per step, smoothed
         self.path = Path(self.c.out) / "metrics.jsonl"
-        if self.world.rank == 0:  # lines behind the checkpoint that is resumed from will be written again
-            lines = self.path.read_text().splitlines() if first and self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-            self.path.write_text("".join(line + "\n" for line in kept))
+        if self.world.rank == 0:
+            self._drop_lines_after(first, last_line)
 
-    def report(self, done: int, stats: dict, held_out_loss: float | None) -> None:
+    def _drop_lines_after(self, first: int, last_line: dict | None) -> None:
+        """Lines behind the checkpoint will be written again; its own may be missing, and stands in it."""
+        lines = {}
+        for text in self.path.read_text().splitlines() if first and self.path.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill
+                line = json.loads(text)
+                lines[line["step"]] = line
+        if last_line:
+            lines.setdefault(first, last_line)
+        beside = self.path.with_suffix(".new")
+        beside.write_text("".join(json.dumps(line) + "\n" for step, line in sorted(lines.items()) if step <= first))
+        beside.replace(self.path)
+
+    def describe(self, done: int, stats: dict) -> dict:
+        """The line of metrics.jsonl for a step; prints one now and then."""
         c, seconds = self.c, stats["seconds"]
         self.pace = seconds if self.pace is None else 0.9 * self.pace + 0.1 * seconds
         rate = c.batch_tokens / self.pace
-        if done == 1 or done % max(1, c.steps // 30) == 0:
+        if done == self.first + 1 or done % max(1, c.steps // 30) == 0:
             left = timedelta(seconds=round(self.pace * (c.steps - done)))
             self.world.say(f"step {done:>6}/{c.steps}  loss {stats['loss']:.4f}  lr {stats['lr']:.2e}  "
                            f"norm {stats['grad_norm']:.2f}  {rate:,.0f} tokens/s  "
                            f"MFU {rate * self.flops / self.peak:.0%}  ETA {left}")
-        line = {"step": done, "loss": stats["loss"], "lr": stats["lr"], "grad_norm": stats["grad_norm"],
+        return {"step": done, "loss": stats["loss"], "lr": stats["lr"], "grad_norm": stats["grad_norm"],
                 "tokens": done * c.batch_tokens, "tokens_per_s": c.batch_tokens / seconds,
                 "mfu": c.batch_tokens / seconds * self.flops / self.peak}
-        if held_out_loss is not None:
-            line["held_out_loss"] = held_out_loss
-            bits = held_out_loss / math.log(2) / self.corpus.bytes_per_token
-            self.world.say(f"step {done:>6}/{c.steps}  held-out loss {held_out_loss:.4f}  perplexity "
-                           f"{math.exp(min(held_out_loss, 80)):.1f}  {bits:.3f} bits per byte")
+
+    def report(self, line: dict) -> None:
+        """Write the line, with the held-out loss if there is one."""
+        if "held_out_loss" in line:
+            loss = line["held_out_loss"]
+            bits = loss / math.log(2) / self.corpus.bytes_per_token
+            self.world.say(f"step {line['step']:>6}/{self.c.steps}  held-out loss {loss:.4f}  perplexity "
+                           f"{math.exp(min(loss, 80)):.1f}  {bits:.3f} bits per byte")
         if self.world.rank == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
-def _finish(trainer: Trainer, corpus: Corpus) -> None:
+def _finish(trainer: Trainer, corpus: Corpus, loss: float) -> None:
     """Samples, and the verdict."""
     c, world, encoding = trainer.config, trainer.world, corpus.encoding
-    loss = trainer.evaluate(corpus.validation)
     if world.rank == 0 and c.samples:
         eot, generator = tokenizer.eot(encoding), torch.Generator(world.device).manual_seed(c.seed)
         texts = decode.generate(trainer.model, [[eot]] * c.samples, min(c.sample_tokens, c.context - 1),
                                 temperature=0.8, top_p=0.95, stop_tokens=(eot,), generator=generator)
         for i, tokens in enumerate(texts):
-            print(f"--- sample {i + 1} ---\n{encoding.decode([t for t in tokens if t != eot])}", flush=True)
-        print("---")
+            world.say(f"--- sample {i + 1} ---\n{encoding.decode([t for t in tokens if t != eot])}")
+        world.say("---")
     world.say(f"trained on {c.steps * c.batch_tokens:,} tokens: held-out loss {loss:.4f} nats per token, uniform "
               f"guessing {math.log(encoding.n_vocab):.4f}; saved in {c.out}")
     world.say(f'python decode.py --checkpoint {c.out} --prompt "..."    completes a text')
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 2 the user has to mend something, 128 + n stopped by signal n."""
+    """Exit status: 0 done, 1 another process was lost, 2 the user has to mend something, 128 + n signal n."""
     rank = int(os.environ.get("RANK", 0))
+
+    def one_line(text: str, status: int) -> int:
+        print(f"train.py: {text}", file=sys.stderr, flush=True)
+        return status
+
     try:
-        run(configure(arguments))
-    except (ConfigError, data.DataError, checkpoint.CheckpointError) as error:
-        if rank == 0:
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return 2
+        settings, given = parse(arguments, __doc__)
+        refuse_meaningless(settings, given)
+        run(settings, given)
+    except (ConfigError, ProcessError) as error:
+        return one_line(str(error), 2) if rank == 0 else 2
+    except torch.OutOfMemoryError as error:
+        return one_line(f"rank {rank}: {str(error).splitlines()[0][:150]}; a smaller --micro_batch needs less", 2)
     except OSError as error:
-        print(f"train.py: {error.strerror or error}: {error.filename}; what was saved before is as it was", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        return one_line(f"{error}; what was saved before is as it was; --resume goes on from there", 2)
+    except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except RuntimeError as error:
-        signs = "onnection", "imed out", "roken pipe"
-        if not dist.is_initialized() or not any(sign in str(error) for sign in signs):
+        lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in (
+            "Connection closed", "Connection reset", "Connection refused", "imed out", "Broken pipe"))
+        if not lost:
             raise
-        print(f"train.py: rank {rank} lost another process ({str(error).splitlines()[0][:120]}); start again with "
-              f"--resume", file=sys.stderr, flush=True)
-        return 1
+        return one_line(f"rank {rank} lost another process ({str(error).splitlines()[0][:120]}); start again with "
+                        f"--resume", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        for lock in _LOCKS.values():
+            lock.close()
+        _LOCKS.clear()
     return 0
 
 

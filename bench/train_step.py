@@ -26,7 +26,8 @@ import data
 import gpt
 import tokenizer
 from config import TrainConfig, derive
-from train import Trainer, World, keep_freed_memory, pick_attention
+from processes import World, keep_freed_memory
+from train import Trainer, pick_attention
 
 SHAPES = {"small": dict(context=64, n_layers=4, n_heads=4, d_model=128, batch=12),
           "medium": dict(context=256, n_layers=6, n_heads=6, d_model=384, batch=8)}
@@ -63,17 +64,20 @@ class Peer:
 
 
 def ours(shape: dict, vocab_size: int, device: torch.device, lr: float, precision: str, steps: int) -> Trainer:
-    config = TrainConfig(**{k: v for k, v in shape.items() if k != "batch"}, batch_tokens=shape["batch"] * shape["context"],
-                         precision=precision, device=device.type, lr=lr, steps=steps, schedule="constant", warmup_steps=0)
+    sizes = {name: value for name, value in shape.items() if name != "batch"}
+    config = TrainConfig(**sizes, batch_tokens=shape["batch"] * shape["context"], precision=precision,
+                         device=device.type, lr=lr, steps=steps, schedule="constant", warmup_steps=0)
     config, _ = derive(config, 1, device.type, False)
     sizes = gpt.GPTConfig(vocab_size, config.context, config.n_layers, config.n_heads, config.d_model)
-    model = gpt.GPT(sizes, pick_attention(device, config.context, precision), torch.Generator().manual_seed(0)).to(device)
+    attention = pick_attention(device, config.context, precision)
+    model = gpt.GPT(sizes, attention, torch.Generator().manual_seed(0)).to(device)
     return Trainer(config, model, World(device=device))
 
 
 def time_steps(device: torch.device, rounds: int, vocab_size: int, slow_bf16: bool) -> None:
     for name, shape in SHAPES.items():
-        windows = data.TokenWindows(np.random.RandomState(0).randint(0, vocab_size, 200_000).astype(np.uint16), shape["context"])
+        tokens = np.random.RandomState(0).randint(0, vocab_size, 200_000).astype(np.uint16)
+        windows = data.TokenWindows(tokens, shape["context"])
         runs = {"peer fp32": Peer(shape, vocab_size, device, 1e-4, False),
                 "ours fp32": ours(shape, vocab_size, device, 1e-4, "fp32", 10**6)}
         if slow_bf16 or device.type == "cuda" or torch.cpu._is_amx_tile_supported():
@@ -102,8 +106,10 @@ def compare_quality(device: torch.device, steps: int, precision: str) -> None:
     encoding = tokenizer.train(documents, 1024)
     eot = tokenizer.eot(encoding)
     shape = SHAPES["small"]
-    train, validation = (data.TokenWindows(data.pack(d, lambda t: tokenizer.encode(encoding, t), eot, encoding.n_vocab),
-                                           shape["context"], shuffle=i == 0) for i, d in enumerate((documents, held_out)))
+    tokens = [data.pack(texts, lambda text: tokenizer.encode(encoding, text), eot, encoding.n_vocab)
+              for texts in (documents, held_out)]
+    train = data.TokenWindows(tokens[0], shape["context"])
+    validation = data.TokenWindows(tokens[1], shape["context"], shuffle=False)
     x, y = (t.to(device) for t in validation.batch(0, min(512, len(validation))))
     results = {}
     for label, run in (("peer fp32", Peer(shape, 1024, device, 1e-3, False)),
@@ -114,7 +120,8 @@ def compare_quality(device: torch.device, steps: int, precision: str) -> None:
         with torch.no_grad():
             logits = model(x)
             logits = logits.logits if label.startswith("peer") else logits
-            results[label] = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").reshape(len(x), -1).mean(1)
+            losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+            results[label] = losses.reshape(len(x), -1).mean(1)
         print(f"{label}   held-out loss after {steps} steps {results[label].mean():.4f}", flush=True)
     a, b = results.values()
     print(f"ours - peer = {(b - a).mean():+.4f}, of which one standard error over the {len(x)} held-out windows is "
@@ -125,11 +132,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15, help="of a few steps each (default 15)")
-    parser.add_argument("--vocab_size", type=int, default=1024, help="(default 1024)")
+    parser.add_argument("--vocab_size", type=int, default=65, help="of random tokens (default 65: characters)")
     parser.add_argument("--quality", action="store_true", help="compare held-out loss instead of time")
     parser.add_argument("--steps", type=int, default=2000, help="of --quality (default 2000)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of ours, for --quality")
-    parser.add_argument("--slow_bf16", action="store_true", help="time bf16 also where the hardware does not multiply it")
+    parser.add_argument("--slow_bf16", action="store_true", help="time bf16 even without hardware for it")
     a = parser.parse_args()
     device = torch.device(a.device)
     if device.type == "cpu":
@@ -138,4 +145,7 @@ if __name__ == "__main__":
         if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, {torch.get_num_threads()} threads")
-    compare_quality(device, a.steps, a.precision) if a.quality else time_steps(device, a.rounds, a.vocab_size, a.slow_bf16)
+    if a.quality:
+        compare_quality(device, a.steps, a.precision)
+    else:
+        time_steps(device, a.rounds, a.vocab_size, a.slow_bf16)

@@ -19,6 +19,8 @@ TEXT = "{tmp}/my/text.txt"
 # command as it is shown -> (the command at its smallest size, what its last lines say); {tmp} is a folder with
 # a text, and {tmp}/run a finished tiny run.
 COMMANDS = {
+    "python processes.py": (None, "sum of ranks = 0, expected 0"),
+    "torchrun --standalone --nproc_per_node=2 processes.py": (None, "sum of ranks = 1, expected 1"),
     "python gpt.py": ("python gpt.py --steps 2", r"max \|cached - uncached logits\| = \d\.\de-0[5-9]"),
     "python checkpoint.py": ("python checkpoint.py --kills 1", "whole after a kill: 1 of 1"),
     "python config.py --preset gpt2_124m --lr 3e-4": (None, "one step = 524288 tokens = 1 processes"),
@@ -42,7 +44,7 @@ COMMANDS = {
     "torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz'": (
         "torchrun --standalone --nproc_per_node=2 train.py --preset gpt2_124m --data {tmp}/my/*.jsonl.gz "
         f"--tokenizer train --vocab_size=280 --out {{tmp}}/3 {TINY}", "saved in"),
-    "python train.py --data 'my/*.txt'": (
+    "python train.py --data 'my/*.txt' --out out/mine": (
         f"python train.py --data {{tmp}}/my/*.txt --vocab_size=280 --out {{tmp}}/4 {TINY}", "saved in"),
     "python train.py --resume": ("python train.py --resume --out {tmp}/run --steps 3", "resuming from"),
     "python train.py --help": (None, "--batch_tokens"),

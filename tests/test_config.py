@@ -51,11 +51,13 @@ def test_whole_numbers_may_be_written_short(text, value):
     (["--lrr=3"], "unknown flag --lrr; did you mean --lr?"),
     (["--zzz"], "unknown flag --zzz; see --help"),
     (["stray"], "unknown flag stray"),
-    (["--steps=1.5"], "argument --steps: invalid whole_number value: '1.5'"),
+    (["--steps=1.5"], "argument --steps: '1.5' is not a whole number"),
     (["--lr=fast"], "argument --lr: invalid float value: 'fast'"),
     (["--lr"], "argument --lr: expected one argument"),
-    (["--lr=nan"], "--lr must be at least 0, got nan"),
+    (["--lr=nan"], "--lr must be finite, got nan"),
     (["--beta1=1"], "--beta1 must be below 1, got 1.0"),
+    (["--steps=1e400"], "argument --steps: '1e400' is not a whole number"),
+    (["--held_out=0"], "--held_out must be at least 0.001, got 0.0"),
     (["--vocab_size=256"], "--vocab_size must be at least 257, got 256"),
     (["--precision=fp8"], "argument --precision: invalid choice: 'fp8'"),
     (["--preset=gpt9"], "argument --preset: invalid choice: 'gpt9'")])
@@ -93,6 +95,10 @@ def test_micro_batch_divides_and_fits(settings, micro_batch):
     (1, dict(batch_tokens=100, context=64), "no multiple of context \\* processes = 64 \\* 1; the nearest is 128"),
     (3, dict(batch_tokens=256, context=64), "no multiple of context \\* processes = 64 \\* 3; the nearest is 192"),
     (1, dict(batch_tokens=256, context=64, micro_batch=3), "--micro_batch=3 does not divide a process's 4 sequences"),
+    (1, dict(n_heads=5), "--n_heads=5 does not divide --d_model"),
+    (1, dict(min_lr=1.0), "--min_lr=1 is above --lr"),
+    (1, dict(steps=10, warmup_steps=11), "do not fit into --steps=10"),
+    (1, dict(steps=10, warmup_steps=5, schedule="wsd", decay_steps=6), "do not fit into --steps=10"),
     (2, dict(dp=4), "--dp=4 needs 4 processes, there are 2")])
 def test_batches_that_do_not_divide_are_refused(processes, settings, message):
     with pytest.raises(ConfigError, match=message):

@@ -67,10 +67,9 @@ def test_functions_of_the_same_name_are_the_same():
         for node in tree_of(stem).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "main":
                 copies[node.name][stem] = ast.dump(node)
-    # The same word for another thing: a checkpoint and a tokenizer are both saved and loaded, a GPT is not a corpus.
-    own = {"save", "load", "load_model", "demo", "run"}
+    # The same word for another thing: checkpoints and tokenizers are both saved and loaded.
     for name, by_stem in copies.items():
-        assert name in own or len(set(by_stem.values())) == 1, f"{name} differs between {sorted(by_stem)}"
+        assert name in {"save", "load", "train"} or len(set(by_stem.values())) == 1, f"{name} differs between {sorted(by_stem)}"
 
 
 @pytest.mark.parametrize("stem", CONCEPTS)
@@ -87,5 +86,5 @@ def test_every_file_works_when_copied_alone(stem, tmp_path):
 def test_lines_are_short_and_nothing_is_left_to_do():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("bench/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) <= 130 if "tests" in str(path) else len(line) <= 120, f"{path.name}:{number}"
+            assert len(line) <= (120 if path.parent == ROOT else 160), f"{path.name}:{number}"
             assert not re.search(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b", line), f"{path.name}:{number}"

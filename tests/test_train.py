@@ -208,11 +208,87 @@ def test_a_finished_run_can_be_made_longer(text, tmp_path):
     assert [line["step"] for line in run(tmp_path, text, "--resume", "--steps=15")] == list(range(1, 16))
 
 
-def test_resume_without_a_run_starts_one_and_lost_tokens_are_made_again(unbroken, text, tmp_path):
-    assert losses(run(tmp_path, text, "--resume", "--steps=4", "--lr=2e-3")) == pytest.approx(losses(unbroken[1])[:4], rel=0.05)
-    for file in (tmp_path / "tokens").iterdir():
-        file.unlink()
-    assert len(run(tmp_path, text, "--resume", "--steps=6")) == 6
+def test_resume_without_a_run_starts_one_and_says_so(text, tmp_path, capsys):
+    assert losses(run(tmp_path / "a", text, "--resume", "--steps=4")) == losses(run(tmp_path / "b", text, "--steps=4"))
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_damaged_tokens_are_packed_again(unbroken, text, tmp_path, monkeypatch, damage):
+    run_killed_in_step(6, tmp_path, text, monkeypatch)
+    file = tmp_path / "tokens" / "train.npy"
+    good = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(good[:len(good) // 2] if damage == "cut" else good[:2000] + bytes([good[2000] ^ 1]) + good[2001:])
+    assert losses(run(tmp_path, text, "--resume")) == losses(unbroken[1])
+    assert file.read_bytes() == good
+
+
+def test_a_kill_between_saving_and_reporting_loses_no_line(unbroken, text, tmp_path, monkeypatch):
+    def dying(self, line):
+        if line["step"] == 8:
+            raise Killed
+        original(self, line)
+
+    original = train.Progress.report
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Progress, "report", dying)
+        with pytest.raises(Killed):
+            run(tmp_path, text)
+    assert len(metrics(tmp_path)) == 7 and checkpoint.latest(tmp_path).name == "step-00000008"
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # and a line that was cut short
+    assert losses(run(tmp_path, text, "--resume")) == losses(unbroken[1])
+
+
+def test_fewer_steps_than_are_done_are_refused(text, tmp_path, capsys):
+    run(tmp_path, text)
+    assert "has done 12 steps already; --steps=8 is less" in refused(
+        capsys, f"--data={text}", f"--out={tmp_path}", *SMALL, "--resume", "--steps=8")
+
+
+def test_settings_of_the_machine_are_not_inherited(text, tmp_path, monkeypatch):
+    run_killed_in_step(6, tmp_path, text, monkeypatch, "--micro_batch=8", "--dp=1")
+    assert spawn_ranks(2, main_on_rank, [f"--out={tmp_path}", "--resume"], init=False) == [0, 0]
+
+
+def test_torchrun_does_not_go_on_with_a_run_that_it_did_not_begin(text, tmp_path, capsys, monkeypatch):
+    run(tmp_path, text, "--steps=4")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    mine = (tmp_path / ".torchrun").read_text()
+    (tmp_path / ".torchrun").write_text("another torchrun")
+    assert "already holds a run" in refused(capsys, f"--data={text}", f"--out={tmp_path}", *SMALL, "--steps=6")
+    (tmp_path / ".torchrun").write_text(mine)
+    assert len(run(tmp_path, text, "--steps=6", "--overwrite")) == 6
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_two_runs_in_one_folder_are_refused(text, tmp_path, capsys):
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); "
+                               "fcntl.flock(f, fcntl.LOCK_EX); f.write('123'); f.flush(); print('locked', flush=True); "
+                               "time.sleep(60)", str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    assert "is being written by process 123" in refused(capsys, f"--data={text}", f"--out={tmp_path}", *SMALL)
+    holder.kill()
+    holder.communicate()
+    run(tmp_path, text, "--steps=1")
+
+
+def test_a_second_ctrl_c_leaves_at_once(monkeypatch):
+    received = train._note_signals(train.World())
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's copy of the first
+        assert received == [signal.SIGINT, signal.SIGINT]
+        now = time.monotonic()
+        monkeypatch.setattr(train.time, "monotonic", lambda: now + 3)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_run_is_not_overwritten_unless_told_so(text, tmp_path, capsys):
@@ -324,19 +400,22 @@ def test_unusable_text_is_refused_in_one_line(tmp_path, capsys, name, content, m
 @pytest.mark.parametrize("flags, message", [
     (["--bathc_tokens=4"], "unknown flag --bathc_tokens; did you mean --batch_tokens?"),
     (["--qqq"], "unknown flag --qqq; see --help"),
-    (["--steps=many"], "--steps"),
-    (["--steps=1.5"], "--steps"),
+    (["--steps=many"], "--steps: 'many' is not a whole number"),
+    (["--steps=inf"], "--steps: 'inf' is not a whole number"),
+    (["--min_lr=1"], "--min_lr=1 is above --lr=0.002"),
+    (["--warmup_steps=13"], "--warmup_steps=13 and the decay do not fit into --steps=12"),
+    (["--d_model=1e8", "--batch_tokens=128"], "GiB for weights, gradients and AdamW's moments do not fit"),
     (["--schedule=linear"], "--schedule"),
     (["--preset=gpt5"], "--preset"),
     (["--lr=-1"], "--lr must be at least 0, got -1.0"),
     (["--batch_tokens=100"], "no multiple of context * processes = 16 * 1; the nearest is 96"),
     (["--micro_batch=3"], "--micro_batch=3 does not divide a process's 8 sequences"),
     (["--dp=2"], "--dp=2 needs 2 processes, there are 1"),
-    (["--n_heads=3"], "n_heads must divide d_model, got 3 heads and width 16"),
+    (["--n_heads=3"], "--n_heads=3 does not divide --d_model=16"),
     (["--decay_steps=3"], "only --schedule=wsd has it"),
     (["--min_lr=0", "--schedule=constant"], "a constant schedule"),
     (["--resume", "--overwrite"], "--overwrite starts again"),
-    (["--device=tpu"], "--device=tpu cannot be used here; there is"),
+    (["--device=tpu"], "--device=tpu cannot be used here; usable: "),
     (["--tokenizer=no/such/file"], "--tokenizer=no/such/file")])
 def test_bad_settings_are_refused_in_one_line(text, tmp_path, capsys, flags, message):
     keep = [flag for flag in SMALL if not (flag.startswith("--vocab_size") and any("tokenizer" in f for f in flags))]
@@ -394,7 +473,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(text, tmp_path, cap
 
 def test_a_loss_that_is_not_finite_stops_the_run_after_saving(text, tmp_path, capsys):
     message = refused(capsys, f"--data={text}", f"--out={tmp_path}", *SMALL, "--lr=1e30", "--clip=0", "--warmup_steps=0")
-    assert "stopped in step 2: the loss is not finite on rank 0, examples 8 to 15" in message
+    assert "stopped in step 2: the loss is not finite on rank 0, examples 8 to 15" in message and "saved as step 1" in message
     state = checkpoint.load(checkpoint.latest(tmp_path))
     assert state["meta"]["step"] == 1 and all(p.isfinite().all() for p in state["model"].values())
 
