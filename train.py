@@ -11,7 +11,7 @@ Omits     text larger than memory; tensor, pipeline and ZeRO parallelism. With d
           process's own, and the number of processes changes them.
 Run       python train.py                                           one process
           torchrun --standalone --nproc_per_node=2 train.py         the same run on two
-          torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz'
+          torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz' --out out/124m
           python train.py --help                                    every setting and its default
 Test      pytest tests/test_train.py
 """

@@ -41,7 +41,7 @@ COMMANDS = {
     "python train.py": (f"python train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/1 {TINY}", "saved in"),
     "torchrun --standalone --nproc_per_node=2 train.py": (
         f"torchrun --standalone --nproc_per_node=2 train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/2 {TINY}", "saved in"),
-    "torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz'": (
+    "torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz' --out out/124m": (
         "torchrun --standalone --nproc_per_node=2 train.py --preset gpt2_124m --data {tmp}/my/*.jsonl.gz "
         f"--tokenizer train --vocab_size=280 --out {{tmp}}/3 {TINY}", "saved in"),
     "python train.py --data 'my/*.txt' --out out/mine": (
