@@ -490,7 +490,8 @@ def demo(max_new_tokens: int, seed: int, device: str) -> None:
     for layers, width in ((2, 128), (1, 48)):
         model, losses = GPT(GPTConfig(256, 80, layers, 4, width), generator=cpu).to(device), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
-        for _ in range(350):
+        for step in range(350):
+            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 30, (350 - step) / 150)
             batch = text[torch.randint(len(text) - 80, (12, 1), generator=cpu) + torch.arange(81)].to(device)
             losses.append(next_token_loss(model(batch[:, :-1]), batch[:, 1:]))
             optimizer.zero_grad()

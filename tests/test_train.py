@@ -30,7 +30,7 @@ from config import ConfigError, TrainConfig, derive
 
 SMALL = ["--n_layers=1", "--n_heads=2", "--d_model=16", "--context=16", "--vocab_size=280", "--batch_tokens=128",
          "--steps=12", "--save_every=4", "--eval_every=6", "--eval_tokens=256", "--samples=0", "--device=cpu",
-         "--precision=fp32"]
+         "--precision=fp32", "--lr=2e-3"]
 
 
 @pytest.fixture(scope="module")
