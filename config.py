@@ -49,7 +49,7 @@ class TrainConfig:
     d_model: int = setting(128, "width of the residual stream", least=1)
     dropout: float = setting(0.0, "dropout on embeddings and residual branches", least=0, below=1)
     # learning
-    steps: int = setting(600, "optimizer steps", least=1, below=10**10)
+    steps: int = setting(500, "optimizer steps", least=1, below=10**10)
     batch_tokens: int = setting(2048, "tokens per optimizer step, over all processes", least=1)
     micro_batch: int | None = setting(None, "sequences per pass of one process; derived: up to 16384 tokens", least=1)
     lr: float = setting(3e-3, "peak learning rate", least=0)

@@ -36,8 +36,8 @@ SHAPES = {"small": dict(context=64, n_layers=4, n_heads=4, d_model=128, batch=12
 class Peer:
     """The public way, in as few lines."""
 
-    def __init__(self, shape: dict, vocab_size: int, device: torch.device, lr: float, autocast: bool):
-        torch.manual_seed(0)
+    def __init__(self, shape: dict, vocab_size: int, device: torch.device, lr: float, autocast: bool, seed: int = 0):
+        torch.manual_seed(seed)
         config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=shape["context"], n_embd=shape["d_model"],
                                          n_layer=shape["n_layers"], n_head=shape["n_heads"], resid_pdrop=0.0,
                                          embd_pdrop=0.0, attn_pdrop=0.0)
@@ -63,14 +63,15 @@ class Peer:
         return loss.item()
 
 
-def ours(shape: dict, vocab_size: int, device: torch.device, lr: float, precision: str, steps: int) -> Trainer:
+def ours(shape: dict, vocab_size: int, device: torch.device, lr: float, precision: str, steps: int,
+         seed: int = 0) -> Trainer:
     sizes = {name: value for name, value in shape.items() if name != "batch"}
     config = TrainConfig(**sizes, batch_tokens=shape["batch"] * shape["context"], precision=precision,
                          device=device.type, lr=lr, steps=steps, schedule="constant", warmup_steps=0)
     config, _ = derive(config, 1, device.type, False)
     sizes = gpt.GPTConfig(vocab_size, config.context, config.n_layers, config.n_heads, config.d_model)
     attention = pick_attention(device, config.context, precision)
-    model = gpt.GPT(sizes, attention, torch.Generator().manual_seed(0)).to(device)
+    model = gpt.GPT(sizes, attention, torch.Generator().manual_seed(seed)).to(device)
     return Trainer(config, model, World(device=device))
 
 
@@ -101,7 +102,7 @@ def time_steps(device: torch.device, rounds: int, vocab_size: int, slow_bf16: bo
                   f"{median / peer:.2f} of the peer's fp32 step", flush=True)
 
 
-def compare_quality(device: torch.device, steps: int, precision: str) -> None:
+def compare_quality(device: torch.device, steps: int, precision: str, seed: int) -> None:
     documents, held_out = data.split_documents(data.default_documents())
     encoding = tokenizer.train(documents, 1024)
     eot = tokenizer.eot(encoding)
@@ -112,8 +113,8 @@ def compare_quality(device: torch.device, steps: int, precision: str) -> None:
     validation = data.TokenWindows(tokens[1], shape["context"], shuffle=False)
     x, y = (t.to(device) for t in validation.batch(0, min(512, len(validation))))
     results = {}
-    for label, run in (("peer fp32", Peer(shape, 1024, device, 1e-3, False)),
-                       (f"ours {precision}", ours(shape, 1024, device, 1e-3, precision, steps))):
+    for label, run in (("peer fp32", Peer(shape, 1024, device, 1e-3, False, seed)),
+                       (f"ours {precision}", ours(shape, 1024, device, 1e-3, precision, steps, seed))):
         for step in range(steps):
             run.step(step, train)
         model = run.model.eval()
@@ -135,6 +136,7 @@ if __name__ == "__main__":
     parser.add_argument("--vocab_size", type=int, default=65, help="of random tokens (default 65: characters)")
     parser.add_argument("--quality", action="store_true", help="compare held-out loss instead of time")
     parser.add_argument("--steps", type=int, default=2000, help="of --quality (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights of both, for --quality (default 0)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of ours, for --quality")
     parser.add_argument("--slow_bf16", action="store_true", help="time bf16 even without hardware for it")
     a = parser.parse_args()
@@ -146,6 +148,6 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, {torch.get_num_threads()} threads")
     if a.quality:
-        compare_quality(device, a.steps, a.precision)
+        compare_quality(device, a.steps, a.precision, a.seed)
     else:
         time_steps(device, a.rounds, a.vocab_size, a.slow_bf16)

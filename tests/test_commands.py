@@ -35,9 +35,9 @@ COMMANDS = {
         'python decode.py --checkpoint {tmp}/run --prompt "The" --max_new_tokens 5', "The"),
     "python decode.py --checkpoint out/pretrain --chat": (
         "python decode.py --checkpoint {tmp}/run --chat --max_new_tokens 3", ""),
-    "python parallel.py": ("python parallel.py --steps 2", r"max \|DP - one process\| = \d\.\de-1\d"),
-    "torchrun --nproc_per_node 2 parallel.py": ("torchrun --nproc_per_node 2 parallel.py --steps 2",
-                                                 r"max \|DP - one process\| = \d\.\de-1\d"),
+    "python parallel.py": ("python parallel.py --steps 3 --width 16 --batch 6", r"max \|DP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
+    "torchrun --nproc_per_node 2 parallel.py": ("torchrun --nproc_per_node 2 parallel.py --steps 2 --width 16 --batch 6",
+                                                 r"max \|DP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
     "python train.py": (f"python train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/1 {TINY}", "saved in"),
     "torchrun --standalone --nproc_per_node=2 train.py": (
         f"torchrun --standalone --nproc_per_node=2 train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/2 {TINY}", "saved in"),
