@@ -1,6 +1,5 @@
 """Checkpoints: what is saved comes back, whatever is killed, cut, flipped, full or foreign."""
 
-import json
 import os
 import resource
 import runpy

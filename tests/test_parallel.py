@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import parallel
-from conftest import ROOT, run_ranks, spawn_ranks
+from conftest import run_ranks, spawn_ranks
 from parallel import DataParallel, average_gradients, rank_and_size
 from parallel import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 
