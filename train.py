@@ -290,17 +290,14 @@ def decide(settings: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path | 
         ConfigError, CheckpointError: one line that says what to do.
     """
     out = Path(settings.out)
-    mark, me = out / ".torchrun", f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and mark.exists() and mark.read_text() == me
+    mark, again = out / ".torchrun", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarted = again and mark.exists() and mark.read_text() == _this_torchrun()
     found = any(out.glob("step-*"))
     if found and not (settings.resume or settings.overwrite or restarted):
         raise ConfigError(f"{out} already holds a run ({checkpoint.latest(out).name}): --resume goes on with it, "
                           f"--overwrite starts again, --out=DIR writes elsewhere")
     _lock(out)
-    mark.write_text(me)
     if not found or settings.overwrite and not restarted:
-        for old in out.glob("step-*"):
-            checkpoint.remove(old)
         if settings.resume:
             print(f"nothing to resume in {out}: starting from the beginning", flush=True)
         return settings, None
@@ -316,6 +313,17 @@ def decide(settings: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path | 
     if settings.steps < saved["step"]:
         raise ConfigError(f"{path} has done {saved['step']} steps already; --steps={settings.steps} is less")
     return settings, path
+
+
+def _this_torchrun() -> str:
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
+def _begin(out: Path, resumed: Path | None) -> None:
+    """Nothing can be refused any more: delete what is to be overwritten, and leave this torchrun's mark."""
+    for old in out.glob("step-*") if resumed is None else ():
+        checkpoint.remove(old)
+    (out / ".torchrun").write_text(_this_torchrun())
 
 
 def _lock(out: Path) -> None:
@@ -360,6 +368,7 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     model = gpt.GPT(sizes, pick_attention(world.device, c.context, c.precision), torch.Generator().manual_seed(c.seed))
     trainer = Trainer(c, model.to(world.device), world)
     first, last_line = _restore(trainer, resumed)
+    world.agree(lambda: _begin(Path(c.out), resumed), here=world.rank == 0)
     progress = Progress(trainer, corpus, first, last_line)
     world.say(f"GPT of {gpt.count_parameters(sizes):,} parameters, {c.precision}, {world.size} x {c.device}; matrix "
               f"products reach {progress.peak / 1e12:.3g} TFLOP/s; expect a first loss of about ln V = "

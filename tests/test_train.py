@@ -298,6 +298,10 @@ def test_a_run_is_not_overwritten_unless_told_so(text, tmp_path, capsys):
     again = run(tmp_path, text, "--steps=2", "--overwrite", "--seed=1")
     assert losses(again) != losses(first)[:2]
     assert checkpoint.latest(tmp_path).name == "step-00000002"
+    for bad in ("--batch_tokens=100", "--data=missing.txt", "--tokenizer=missing"):
+        flags = [flag for flag in SMALL if not (flag.startswith("--vocab_size") and "tokenizer" in bad)]
+        refused(capsys, f"--data={text}", f"--out={tmp_path}", *flags, "--overwrite", bad)
+    assert checkpoint.latest(tmp_path).name == "step-00000002", "what is refused deletes nothing"
 
 
 def start(*command, **environment):
