@@ -43,10 +43,16 @@ class TrainConfig:
     tokenizer: str = setting("train", "'train' a vocabulary on the text, or a tiktoken name, or a file")
     vocab_size: int = setting(2048, "size of the vocabulary to train, end-of-text included", least=257)
     # the model
+    model: str = setting("gpt", "gpt.py's GPT-2, llama.py's Llama 3, or Llama with moe.py's experts",
+                         ("gpt", "llama", "moe"))
     context: int = setting(128, "longest sequence, in tokens", least=1)
     n_layers: int = setting(4, "blocks", least=1)
     n_heads: int = setting(4, "attention heads per block", least=1)
+    n_kv_heads: int | None = setting(None, "key and value heads of llama and moe; derived: n_heads", least=1)
     d_model: int = setting(128, "width of the residual stream", least=1)
+    d_ff: int | None = setting(None, "hidden width of the feed-forward layers; derived: 4 d_model, llama: 8/3", least=1)
+    n_experts: int = setting(8, "experts of a moe layer", least=1)
+    experts_per_token: int = setting(2, "of them, those that a token visits", least=1)
     dropout: float = setting(0.0, "dropout on embeddings and residual branches", least=0, below=1)
     # learning
     steps: int = setting(500, "optimizer steps", least=1, below=10**10)
@@ -95,6 +101,12 @@ class TrainConfig:
 
 PRESETS = {
     "tiny_cpu": {},  # the defaults: three minutes on two cores
+    "llama_tiny": dict(model="llama", n_kv_heads=2),
+    "moe_tiny": dict(model="moe", n_kv_heads=2, d_ff=128),
+    # Llama 3.2 1B's sizes with another vocabulary; 20 tokens per parameter (Hoffmann et al. 2022).
+    "llama_1b": dict(model="llama", tokenizer="cl100k_base", context=4096, n_layers=16, n_heads=32, n_kv_heads=8,
+                     d_model=2048, d_ff=8192, lr=3e-4, steps=22500, batch_tokens=2**20, warmup_steps=1000,
+                     eval_every=500, eval_tokens=2**20, save_every=1000),
     # Sizes of Radford et al. 2019; learning rate and batch (0.5M tokens) of Brown et al. 2020, table 2.1; 10B tokens.
     "gpt2_124m": dict(tokenizer="gpt2", context=1024, n_layers=12, n_heads=12, d_model=768, lr=6e-4, steps=19073,
                       batch_tokens=2**19, warmup_steps=715, eval_every=250, eval_tokens=2**20, save_every=1000),
@@ -103,8 +115,8 @@ PRESETS = {
 }
 
 # What a checkpoint fixes: with any of these changed a resumed run would be another one.
-FIXED_BY_CHECKPOINT = ("data", "held_out", "tokenizer", "vocab_size", "context", "n_layers", "n_heads", "d_model",
-                       "batch_tokens", "seed")
+FIXED_BY_CHECKPOINT = ("data", "held_out", "tokenizer", "vocab_size", "model", "context", "n_layers", "n_heads",
+                       "n_kv_heads", "d_model", "d_ff", "n_experts", "experts_per_token", "batch_tokens", "seed")
 # What belongs to the machine and the moment: never taken from a checkpoint.
 OF_THE_MACHINE = {"device", "dp", "micro_batch", "compile", "timeout", "out", "resume", "overwrite"}
 
@@ -169,6 +181,10 @@ def refuse_meaningless(config: TrainConfig, given: set[str]) -> None:
     c = config
     for name, means_something, reason in (
             ("vocab_size", c.tokenizer == "train", f"the tokenizer {c.tokenizer!r} brings its own vocabulary"),
+            ("n_kv_heads", c.model != "gpt", "every head of a gpt has its own keys and values"),
+            ("n_experts", c.model == "moe", f"a {c.model} has no experts"),
+            ("experts_per_token", c.model == "moe", f"a {c.model} has no experts"),
+            ("dropout", c.model == "gpt" or not c.dropout, f"a {c.model} has none"),
             ("decay_steps", c.schedule == "wsd", f"only --schedule=wsd has it, this is {c.schedule}"),
             ("min_lr", c.schedule != "constant", "a constant schedule has no end to go to"),
             ("sample_tokens", c.samples > 0, "--samples=0 prints none"),
@@ -217,6 +233,10 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
         fill(name, max(1, c.steps // 5), "steps / 5")
     if c.d_model % c.n_heads:
         raise ConfigError(f"--n_heads={c.n_heads} does not divide --d_model={c.d_model}")
+    if c.n_kv_heads and c.n_heads % c.n_kv_heads:
+        raise ConfigError(f"--n_kv_heads={c.n_kv_heads} does not divide --n_heads={c.n_heads}")
+    if c.model == "moe" and c.experts_per_token > c.n_experts:
+        raise ConfigError(f"--experts_per_token={c.experts_per_token} is more than --n_experts={c.n_experts}")
     if c.min_lr > c.lr:
         raise ConfigError(f"--min_lr={c.min_lr:g} is above --lr={c.lr:g}")
     if c.warmup_steps + (c.decay_steps if c.schedule == "wsd" else 0) > c.steps:

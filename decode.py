@@ -423,27 +423,27 @@ def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_n
 # --- 8. program ------------------------------------------------------------------------------
 
 def load_model(directory: str | Path, device: str = "cpu"):
-    """(model, encoding) of a training run's directory, one of its checkpoints, or a Hugging Face GPT-2 directory.
+    """(model, encoding) of a training run's directory, one of its checkpoints, or a Hugging Face directory.
 
-    Raises ValueError if there is no such directory, or it holds no GPT and the tokenizer it was trained with.
+    Raises ValueError if there is no such directory, or it holds no model and the tokenizer it was trained with.
     """
     import checkpoint
+    import models
     import tokenizer
-    from gpt import GPT, GPTConfig
     directory = Path(directory)
     if (directory / "config.json").exists():
-        model, encoding = GPT.from_pretrained(directory), tokenizer.load(directory)
+        model, encoding = models.from_pretrained(directory), tokenizer.load(directory)
     elif directory.is_dir():
         path = checkpoint.latest(directory)
         saved = checkpoint.load(path, parts=("model",))
-        if saved["meta"].get("model_type") != "gpt":
-            raise ValueError(f"{path}: model_type is {saved['meta'].get('model_type')!r}, this program reads 'gpt'")
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**saved["meta"]["model_config"]))
+        try:
+            model = models.build(saved["meta"].get("model_type"), saved["meta"]["model_config"], device="meta")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: {error}") from None
         model.load_state_dict(saved["model"], assign=True)
         encoding = tokenizer.load(path / "tokenizer.tiktoken")
     else:
-        raise ValueError(f"{directory}: no such directory; give one that train.py wrote, or a Hugging Face GPT-2's")
+        raise ValueError(f"{directory}: no such directory; give one that train.py wrote, or a Hugging Face model's")
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab} ids, the model "
                          f"{model.config.vocab_size}; it is not the one that the model was trained with")
@@ -528,7 +528,7 @@ def main(checkpoint: str | None, prompt: str | None, chat: bool, temperature: fl
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--checkpoint", help="directory of a run, of one checkpoint, or of a Hugging Face GPT-2")
+    parser.add_argument("--checkpoint", help="directory of a run, of one checkpoint, or of a Hugging Face model")
     parser.add_argument("--prompt", help="text to continue; - reads it from stdin; default: start at end-of-text")
     parser.add_argument("--chat", action="store_true", help="converse line by line; ends on /exit, Ctrl-D or Ctrl-C")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="per completion or answer (default 64)")

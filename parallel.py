@@ -10,6 +10,7 @@ Omits     trees (log P rounds, better for short messages), sparse gradients, buf
           start (batch norm), compression.
 Run       python parallel.py                          2 processes on the CPU, about 10 s
           torchrun --nproc_per_node 2 parallel.py     the same on ranks that torchrun starts
+          python parallel.py --communication          what data, tensor, pipeline ... parallelism send
           ends with "max |DP - one process| = ..."
 Test      pytest tests/test_parallel.py
 """
@@ -26,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -313,7 +315,61 @@ class DataParallel:
         return p.grad if self.grad_dtype is None else self._reduced.get(p)
 
 
-# --- 4. demo ----------------------------------------------------------------------------------------
+# --- 4. meshes: several kinds of parallelism at once ------------------------------------------------
+#
+# World = pp x dp x ep x cp x tp ranks, numbered with tp fastest: neighbours, on the fastest links, talk most.
+# A rank belongs to one group along each axis. dp, ep and cp all see different tokens: the gradients of what
+# every one of them holds are summed over the three together ("data"); an expert lives on one ep rank, and its
+# gradient is summed over dp and cp alone ("replicas").
+#
+#   mesh(dp=2, tp=2, pp=2):   rank 0 1 2 3 | 4 5 6 7     tp {01} {23} {45} {67}   dp {02} {13} {46} {57}
+#                             stage 0      | stage 1     pp {04} {15} {26} {37}
+
+AXES = ("pp", "dp", "ep", "cp", "tp")
+
+
+@dataclass
+class Mesh:
+    """This process's group along each axis, as ``mesh`` makes them; a group of one where an axis is not used."""
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    tp: dist.ProcessGroup
+    data: dist.ProcessGroup  # dp, ep and cp together
+    replicas: dist.ProcessGroup  # dp and cp together
+    back: dist.ProcessGroup  # the ranks of pp once more, for a pipeline's gradients
+
+
+def mesh(dp: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
+    """Every group of a layout, from the world size; every process calls it. ``dp`` None: what the others leave.
+
+    Raises ValueError if the product is not the number of processes, saying it.
+    """
+    _, world = rank_and_size()
+    rest = tp * pp * cp * ep
+    if min(rest, tp, pp, cp, ep, 1 if dp is None else dp) < 1 or (world % rest if dp is None else dp * rest != world):
+        raise ValueError(f"dp * tp * pp * cp * ep = {'dp' if dp is None else dp} * {tp} * {pp} * {cp} * {ep} = "
+                         f"{f'a multiple of {rest}' if dp is None else dp * rest} does not fit {world} processes")
+    sizes = dict(zip(AXES, (pp, world // rest if dp is None else dp, ep, cp, tp)))
+    ranks = torch.arange(world).view(*sizes.values())  # (pp, dp, ep, cp, tp)
+    groups: dict[tuple, dist.ProcessGroup] = {}
+
+    def along(*axes: str, again: bool = False) -> dist.ProcessGroup:
+        last = [AXES.index(axis) for axis in axes]
+        lines = ranks.permute(*(i for i in range(5) if i not in last), *last).flatten(5 - len(last))
+        mine = None
+        for line in lines.reshape(-1, lines.size(-1)).tolist():
+            if again or tuple(line) not in groups:  # every process makes every group, in the same order
+                groups[(*line, "again") if again else tuple(line)] = dist.new_group(line)
+            if dist.get_rank() in line:
+                mine = groups[(*line, "again") if again else tuple(line)]
+        return mine
+
+    return Mesh(*(along(axis) for axis in AXES), along("dp", "ep", "cp"), along("dp", "cp"), along("pp", again=True))
+
+
+# --- 5. demo ----------------------------------------------------------------------------------------
 
 def _train(model: nn.Module, options: argparse.Namespace, part: slice, reduce=lambda: None) -> Tensor:
     """Train the model on this rank's part of every batch; returns the losses (steps,)."""
@@ -377,7 +433,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="width of the network")
     parser.add_argument("--bucket_mb", type=float, default=0.25, help="bucket size in 2^20 bytes")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
+    parser.add_argument("--communication", action="store_true", help="print what each kind sends, instead")
     options = parser.parse_args()
+    if options.communication:
+        import communication
+        return communication.table(options.ranks, options.seed)
     started_by_torchrun = "RANK" in os.environ
     P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
     if min(P, options.steps, options.batch, options.width) < 1 or not options.bucket_mb > 0:
@@ -395,5 +455,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except ValueError as error:
+        sys.exit(f"parallel.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,7 +1,7 @@
 """Train a language model, on one process or many: raw text in, a checkpoint that completes text out.
 
 Idea      Everything before this file is a part; this is the program. Text is read, split and packed (data.py),
-          turned into tokens (tokenizer.py), a GPT (gpt.py) is trained on it by every process at once
+          turned into tokens (tokenizer.py), a model (gpt.py, llama.py, moe.py) is trained on it by all processes
           (parallel.py), saved so that nothing is ever lost (checkpoint.py), and asked to write (decode.py).
 Formula   loss = -(1/n) sum log p(x_t | x_<t) over ALL n tokens of a step, whoever computed them:
           n = batch_tokens = processes * accumulation * micro_batch * context. The number of processes changes
@@ -43,6 +43,7 @@ import checkpoint
 import data
 import decode
 import gpt
+import models
 import parallel
 import tokenizer
 from config import (FIXED_BY_CHECKPOINT, OF_THE_MACHINE, ConfigError, TrainConfig, derive, parse,
@@ -219,7 +220,8 @@ class Trainer:
             is_last = start + c.micro_batch == first + count
             with contextlib.nullcontext() if is_last else self.dp.no_sync():
                 losses[start] = self.loss(inputs, targets) / c.batch_tokens
-                losses[start].backward()
+                # An auxiliary loss is a mean over this micro-batch: it counts for its share of the step.
+                (losses[start] + models.balancing_loss(self.working) * (targets.numel() / c.batch_tokens)).backward()
         self.dp.finish()
         if self.working is not self.model:
             for p, copied in zip(self.parameters, self.copies):
@@ -360,19 +362,25 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     if resumed:
         world.agree(lambda: _must_exist(resumed))
     corpus = prepare(c, world, resumed)
-    sizes = gpt.GPTConfig(corpus.encoding.n_vocab, c.context, c.n_layers, c.n_heads, c.d_model, dropout=c.dropout)
-    needed = 16 * gpt.count_parameters(sizes)  # fp32 weight, gradient and AdamW's two moments
+    try:
+        sizes = models.describe(c, corpus.encoding.n_vocab)
+    except ValueError as error:  # heads, widths
+        raise ConfigError(str(error)) from None
+    N, active, flops = models.parameters_and_flops(c.model, sizes)
+    needed = 16 * N  # fp32 weight, gradient and AdamW's two moments
     if needed > memory(world.device):
         raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
                           f"{memory(world.device) / 2**30:,.0f} GiB here: fewer --n_layers, a smaller --d_model")
-    model = gpt.GPT(sizes, pick_attention(world.device, c.context, c.precision), torch.Generator().manual_seed(c.seed))
+    model = models.build(c.model, sizes, pick_attention(world.device, c.context, c.precision),
+                         torch.Generator().manual_seed(c.seed))
     trainer = Trainer(c, model.to(world.device), world)
     first, last_line = _restore(trainer, resumed)
     world.agree(lambda: _begin(Path(c.out), resumed), here=world.rank == 0)
-    progress = Progress(trainer, corpus, first, last_line)
-    world.say(f"GPT of {gpt.count_parameters(sizes):,} parameters, {c.precision}, {world.size} x {c.device}; matrix "
-              f"products reach {progress.peak / 1e12:.3g} TFLOP/s; expect a first loss of about ln V = "
-              f"{math.log(sizes.vocab_size):.3f}")
+    progress = Progress(trainer, corpus, flops, first, last_line)
+    met = "" if active == N else f", {active:,} for a token"
+    world.say(f"{c.model} of {N:,} parameters{met}, {c.precision}, {world.size} x {c.device}; matrix products reach "
+              f"{progress.peak / 1e12:.3g} TFLOP/s; expect a first loss of about ln V = "
+              f"{math.log(corpus.encoding.n_vocab):.3f}")
 
     received = _note_signals(world)
     loss = None
@@ -421,7 +429,7 @@ def _save(trainer: Trainer, settings: TrainConfig, corpus: Corpus, step: int, li
     c, model, world = trainer.config, trainer.model, trainer.world
 
     def write() -> None:
-        meta = {"model_type": "gpt", "model_config": dataclasses.asdict(model.config),
+        meta = {"model_type": c.model, "model_config": models.sizes_of(model),
                 "train_config": dataclasses.asdict(settings), "data_fingerprint": corpus.fingerprint,
                 "examples_seen": step * c.batch_tokens // c.context, "metrics": line,
                 "git_revision": _git_revision(), "torch": torch.__version__}
@@ -464,9 +472,8 @@ class Progress:
     the same time at the speed of its large matrix products, measured at the start.
     """
 
-    def __init__(self, trainer: Trainer, corpus: Corpus, first: int, last_line: dict | None):
-        self.c, self.world, self.corpus = trainer.config, trainer.world, corpus
-        self.flops = gpt.flops_per_token(trainer.model.config)
+    def __init__(self, trainer: Trainer, corpus: Corpus, flops: int, first: int, last_line: dict | None):
+        self.c, self.world, self.corpus, self.flops = trainer.config, trainer.world, corpus, flops
         self.peak = measure_peak(self.world, torch.bfloat16 if self.c.precision == "bf16" else torch.float32)
         self.pace, self.first = None, first  # pace: seconds per step, smoothed
         self.path = Path(self.c.out) / "metrics.jsonl"

@@ -23,6 +23,7 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -34,6 +35,14 @@ for folder in (ROOT, ROOT / "tests"):
 # The tests' tensors are small: a second thread costs more than it brings, and ranks share the cores.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With pytest-xdist there, files of tests are shared out over two processes; ``-n 0`` has one, as without."""
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
 
 
 def _with_rank(error, rank):

@@ -38,6 +38,66 @@ COMMANDS = {
     "python parallel.py": ("python parallel.py --steps 3 --width 16 --batch 6", r"max \|DP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
     "torchrun --nproc_per_node 2 parallel.py": ("torchrun --nproc_per_node 2 parallel.py --steps 2 --width 16 --batch 6",
                                                  r"max \|DP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
+    "python parallel.py --communication": (None, r"max \|counted / formula - 1\| = 0\.00\d+: OK"),
+    "python communication.py --ranks 4": ("python communication.py --ranks 2", r"max \|counted / formula - 1\| = 0\.00\d+: OK"),
+    "python tensor_parallel.py": ("python tensor_parallel.py --steps 2", r"max \|TP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
+    "torchrun --nproc_per_node 2 tensor_parallel.py --sequence": (
+        "torchrun --nproc_per_node 2 tensor_parallel.py --sequence --steps 2", "OK, below 1e-10"),
+    "python pipeline.py": (None, r"max \|pipeline - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
+    "python pipeline.py --schedule zb --stages 4 --microbatches 8": (
+        "python pipeline.py --schedule zb --stages 3 --microbatches 3", "OK, below 1e-10"),
+    "python pipeline.py --simulate --ranks 4096": (None, r"best of \d+ layouts of 4096 GPUs"),
+    "python pipeline_schedules.py": (None, r"max \|bubble - formula\| = .*: OK"),
+    "python pipeline_schedules.py --simulate 4096": (None, r"best of \d+ layouts of 4096 GPUs"),
+    "python ring_attention.py": ("python ring_attention.py --length 64", r"max \|ring - one process\| = \d\.\de-1\d .*OK"),
+    "torchrun --nproc_per_node 2 ring_attention.py --length 512": (
+        "torchrun --nproc_per_node 2 ring_attention.py --length 32", "OK, below 1e-12"),
+    "python models.py": (None, r"max \|counted - made\| = 0 parameters"),
+    "python llama.py": ("python llama.py --steps 2", r"max \|cached - uncached logits\| = \d\.\de-0[5-9]"),
+    "python moe.py": ("python moe.py --steps 2", "z-loss keeps the logits small: "),
+    "python rnn.py": (None, "each above the one before: True"),
+    "python rnn.py --plot rnn.png": ("python rnn.py --plot {tmp}/rnn.png", "each above the one before: True"),
+    "python pairs.py": ("python pairs.py --count 20", r"chrF 100.0 of the references \(expected 100\), \d+\.\d with a word replaced"),
+    "python pairs.py --language german": ("python pairs.py --language german --count 20", "chrF 100.0 of the references"),
+    "python pairs.py --pairs fra.tsv": ("python pairs.py --pairs {tmp}/fra.tsv", "chrF 100.0 of the references"),
+    "python rnn_nmt.py": ("python rnn_nmt.py --steps 1", r"the longest fifth: \d+ % right without attention, \d+ % with it"),
+    'python rnn_nmt.py --language german --translate "ninety-seven"': (
+        'python rnn_nmt.py --language german --translate "ninety-seven" --steps 1', r"the longest fifth: \d+ % right"),
+    "python rnn_nmt.py --pairs fra.tsv": ("python rnn_nmt.py --pairs {tmp}/fra.tsv --steps 1", r"the longest fifth: \d+ % right"),
+    "python word2vec.py": ("python word2vec.py --epochs 1", r"held-out loss 4\.1589 -> \d\.\d+, lower: True"),
+    "python word2vec.py --data words": ("python word2vec.py --data words --epochs 1 --d_model 8", r"held-out loss .*lower: True"),
+    "python word2vec.py --plot calls.png": ("python word2vec.py --epochs 1 --plot {tmp}/calls.png", r"held-out loss .*lower: True"),
+    "python transformer.py": ("python transformer.py --steps 2", r"better than both in both: (True|False) \(expected True\)"),
+    "python transformer.py --pairs pairs.tsv": ("python transformer.py --pairs {tmp}/fra.tsv --steps 2", "better than both in both"),
+    "python t5.py": ("python t5.py --steps 1", r"\d of 4 answers right \(expected all\)"),
+    "python span_corruption.py": ("python span_corruption.py --steps 2 --words 100", r"every task above 90 %: (True|False)"),
+    "python scaling.py": (None, "lectures' numbers: 21 of 21"),
+    "python scaling.py --gpu v100 --gpus 64": (None, r"\d+ of 17 models can be trained"),
+    "python scaling.py --fit runs.csv": ("python scaling.py --fit chinchilla", r"N_opt ~ C\^a by the methods"),
+    "python scaling.py --plan llama3_405b --gpus 16384 --gpu h100 --tokens 15e12": (None, "best: dp"),
+    "python scaling.py --validate": (None, "25 of 28 runs"),
+    "python scaling_laws.py": (None, r"N_opt ~ C\^a .*expected 0.452"),
+    "python scaling_laws.py --fit runs.csv": ("python scaling_laws.py --fit chinchilla", r"N_opt ~ C\^a by the methods"),
+    "python planner.py --validate": (None, "25 of 28 runs"),
+    "python speedup.py": ("python speedup.py --repeats 1", r"0\.0500 \(expected 0\.0500\)"),
+    "python wordpiece.py": (None, "naive = fast: True"),
+    "python wordpiece.py --data book.txt --out vocab.txt": (
+        f"python wordpiece.py --data {TEXT} --out {{tmp}}/vocab.txt --vocab_size 300", "naive = fast: True"),
+    "python masked_lm.py": ("python masked_lm.py --vocab_size 600", r"chosen [\d.]+%: \[MASK\]"),
+    "python bert.py": ("python bert.py --steps 2 --examples 16 --out {tmp}/bert", r"transfer: .* on \d of 4 tasks"),
+    "python finetune.py": ("python finetune.py --examples 2", r"above the baseline on \d of 4 tasks"),
+    "python flash_attn.py": ("python flash_attn.py --lengths 32 64", r"counted = formula: True; .*\(OK"),
+    "python flash_attn.py --plot attention.png": (
+        "python flash_attn.py --lengths 32 64 --plot {tmp}/attention.png", "counted = formula: True"),
+    "python flash_attn_cuda.py": (None, r"nothing was run|largest relative error .*\(OK"),
+    "python planner.py --plan llama3_405b --gpus 16384 --gpu h100 --tokens 15e12": ("python planner.py --plan gpt2 --gpus 8", r"best: dp \d+ "),
+    "python attention_kernels.py": (None, r"max \|kernel - formula\| of .*\(OK"),
+    "python attention_kernels.py --dtype bfloat16": (None, r"max \|kernel - formula\| of .*\(OK"),
+    "python vectors.py": (None, "gives all back: True"),
+    "python vectors.py --plot letters.png": ("python vectors.py --plot {tmp}/letters.png", "gives all back: True"),
+    "python vectors.py --vectors my.vec --item king": ("python vectors.py --vectors {tmp}/my.vec --item king", "vectors read: True"),
+    "python weights.py": (None, "read again bit for bit: "),
+    "python finetune.py --encoder out/bert": ("python finetune.py --encoder {tmp}/bert --examples 2", r"transfer: .* on \d of 4 tasks"),
     "python train.py": (f"python train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/1 {TINY}", "saved in"),
     "torchrun --standalone --nproc_per_node=2 train.py": (
         f"torchrun --standalone --nproc_per_node=2 train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/2 {TINY}", "saved in"),
@@ -49,7 +109,8 @@ COMMANDS = {
     "python train.py --resume": ("python train.py --resume --out {tmp}/run --steps 3", "resuming from"),
     "python train.py --help": (None, "--batch_tokens"),
 }
-NOT_RUN_HERE = {  # what installs, and what would run this very test
+NOT_RUN_HERE = {  # what installs, what would run this very test, and a ladder of models (tests/test_ladder.py has a short one)
+    "python scaling.py --measure", "python ladder.py", "python ladder.py      or python scaling.py --measure: minutes on two cores",
     "pip install -r requirements.txt", "pip install -r requirements.txt -r tests/requirements.txt", "pytest"}
 
 
@@ -84,6 +145,9 @@ def results(tmp_path_factory):
     with gzip.open(tmp / "my" / "text.jsonl.gz", "wt") as file:
         for paragraph in text.split("\n\n"):
             file.write(json.dumps({"text": paragraph}) + "\n")
+    numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    (tmp / "fra.tsv").write_text("".join(f"{a} and {b}\t{b} et {a}\n" for a in numbers for b in numbers))
+    (tmp / "my.vec").write_text("2 2\nking 1 0\nqueen 0 1\n")
     first = run(f"python train.py --data {tmp}/my/text.txt --vocab_size=280 --out {tmp}/run {TINY}")
     assert first.returncode == 0, first.stderr
     small = {shown: (smallest or shown).replace("{tmp}", str(tmp)) for shown, (smallest, _) in COMMANDS.items()}

@@ -481,7 +481,8 @@ def test_loading_refuses_another_model_and_another_tokenizer(run_directory, tmp_
     path = checkpoint.latest(run_directory)
     saved, encoding = checkpoint.load(path, parts=("model",)), tokenizer.train(["more words to merge than before"], 275)
     for meta, message in ((saved["meta"], "not the one that the model was trained with"),
-                          (saved["meta"] | {"model_type": "llama"}, "this program reads 'gpt'")):
+                          (saved["meta"] | {"model_type": "bert"}, "a model is one of gpt, llama, moe, got 'bert'"),
+                              (saved["meta"] | {"model_type": "llama"}, "unexpected keyword argument 'dropout'")):
         checkpoint.save(tmp_path, 1, {"model": saved["model"]}, meta,
                         lambda path: tokenizer.save(encoding, path / "tokenizer.tiktoken"))
         with pytest.raises(ValueError, match=message):

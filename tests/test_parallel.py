@@ -683,3 +683,39 @@ def test_empty_and_scalar_parameters_match_the_mean_of_the_gradients():
     for empty, scalar, pair in run_ranks(3, fn):  # the mean of 1, 2, 3 is 2; a third is not exact in fp32
         assert empty.shape == (0, 3)
         torch.testing.assert_close((scalar.item(), pair.tolist()), (4.0, [2.0, 2.0]), atol=1e-6, rtol=0)
+
+
+# --- meshes ---------------------------------------------------------------------------------------
+
+def test_mesh_groups_are_the_lines_of_the_grid():
+    def lines(rank):
+        mesh = parallel.mesh(dp=2, tp=2, pp=2)
+        return {axis: dist.get_process_group_ranks(group) for axis, group in vars(mesh).items()}
+
+    found = run_ranks(8, lines)
+    assert found[0] == {"pp": [0, 4], "dp": [0, 2], "ep": [0], "cp": [0], "tp": [0, 1], "data": [0, 2], "replicas": [0, 2],
+                        "back": [0, 4]}
+    assert found[7]["tp"] == [6, 7] and found[7]["dp"] == [5, 7] and found[7]["pp"] == [3, 7]
+
+
+def test_mesh_sums_along_each_axis_see_its_ranks_alone():
+    def sums(rank):
+        mesh, result = parallel.mesh(tp=2, cp=2, ep=2), {}
+        for axis, group in vars(mesh).items():
+            total = torch.tensor([2.0**rank])
+            dist.all_reduce(total, group=group)
+            result[axis] = int(total.item())
+        return result
+
+    found = run_ranks(8, sums)  # ranks (ep, cp, tp)
+    assert found[5]["tp"] == 2**4 + 2**5 and found[5]["cp"] == 2**5 + 2**7 and found[5]["ep"] == 2**1 + 2**5
+    assert found[5]["data"] == 2**1 + 2**3 + 2**5 + 2**7 and found[5]["replicas"] == found[5]["cp"]
+    assert found[5]["dp"] == found[5]["pp"] == 2**5
+
+
+@pytest.mark.parametrize("sizes, message", (
+    ({"dp": 2, "tp": 3}, r"2 \* 3 \* 1 \* 1 \* 1 = 6 does not fit 4"), ({"tp": 3}, "a multiple of 3 does not fit 4"),
+    ({"dp": 0}, "= 0 does not fit 4"), ({"tp": -1, "pp": -4}, "does not fit 4")))
+def test_mesh_refuses_a_product_that_does_not_fit_and_says_it(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        run_ranks(4, lambda rank: parallel.mesh(**sizes))

@@ -338,18 +338,20 @@ def test_bad_rank_files_are_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "bad.tiktoken"
     if content is not None:
         path.write_bytes(content[:content.rindex(b"\n") + 1] if len(content) == 700 else content)
-    refused(path, message)
+    assert message in refusal(path)
 
 
-def refused(path, message):
+def refusal(path):
+    """What ``load`` says of a bad file: one line that names it."""
     with pytest.raises(ValueError) as error:
         load(path)
-    assert message in str(error.value) and "\n" not in str(error.value) and Path(path).name in str(error.value)
+    assert "\n" not in str(error.value) and Path(path).name in str(error.value)
+    return str(error.value)
 
 
 def test_llama3_model_that_is_cut_short_is_refused(tmp_path):
     write_ranks(tmp_path / "tokenizer.model", list(many_ranks(1000).items()))
-    refused(tmp_path / "tokenizer.model", "Llama 3's has 128000")
+    assert "Llama 3's has 128000" in refusal(tmp_path / "tokenizer.model")
 
 
 @pytest.mark.parametrize("sidecar, message", [
@@ -370,7 +372,7 @@ def test_bad_sidecars_are_refused_in_one_line(encoding, tmp_path, sidecar, messa
         (tmp_path / "v.tiktoken.json").write_text(json.dumps(fields))
     else:
         (tmp_path / "v.tiktoken.json").write_bytes(sidecar)
-    refused(path, message)
+    assert message in refusal(path)
 
 
 def test_saving_into_a_missing_folder_is_refused(encoding, tmp_path):
@@ -498,7 +500,7 @@ def test_published_name_is_tiktokens(encoding, monkeypatch):
 
 def test_unknown_name_is_refused_with_the_names_there_are():
     for name in ("no_such_encoding", "x" * 5000):  # the latter is too long for a file system
-        refused(name, "cl100k_base")
+        assert "cl100k_base" in refusal(name)
 
 
 @pytest.mark.parametrize("call, message", [

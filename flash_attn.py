@@ -1,0 +1,662 @@
+"""FlashAttention: exact attention without the T x S matrix.     Dao et al. 2022, arXiv 2205.14135; Dao 2023
+
+Idea      Attention's time goes into moving its T x S matrix to memory (HBM) and back. A softmax can be
+          computed block by block, if what was summed before is rescaled when a larger logit turns up. So
+          a tile of queries meets one tile of keys at a time, in fast memory (SRAM), and only the output
+          and one number per row are written; the backward pass computes the tiles again.
+Formula   online:    m' = max(m, max_j s_j);   a = e^(m - m');   p_j = e^(s_j - m')
+                     l' = a l + sum_j p_j;     o' = a o + sum_j p_j v_j     for one tile of keys after another
+          then       out = o / l,   lse = m + log l  (log-sum-exp),   p_j = e^(s_j - lse)
+          backward:  dv_j = sum_i p_ij do_i;  ds_ij = p_ij (do_i . v_j - do_i . out_i);  dq_i = sum_j ds_ij k_j
+          traffic:   naive Theta(T D + T^2), tiled Theta(T^2 D^2 / M) numbers, M the size of the fast memory
+Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), Hkv | H -> out (B, H, T, Dh), lse (B, H, T). The queries are
+          the LAST T of the S positions.
+Also      torch's own fused kernels, if attention_kernels.py is in the same folder, and through it the CUDA kernel
+          of flash_attn_cuda.py. Without it this file computes everything itself, in tiles.
+Omits     sequences of different lengths in one flat tensor (give `ids`), block-sparse patterns, fp8.
+Run       python flash_attn.py                       memory and time against length, half a minute
+          python flash_attn.py --plot attention.png     the same as a picture
+Test      pytest tests/test_flash_attn.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# --- 1. what attention computes -------------------------------------------------------------
+
+@dataclass
+class Options:
+    """All that bends attention. In this order: scale, soft cap, bias, mask, softmax, dropout."""
+    is_causal: bool = True  # query t, at position S - T + t, sees no key behind its position
+    window: int | None = None  # and only keys less than this far from its position
+    ids: Tensor | None = None  # (B, S) number of the document of each position: nobody looks into another one
+    bias: Tensor | None = None  # broadcastable to (B, H, T, S), added to the logits; -inf hides; differentiable
+    soft_cap: float | None = None  # logits x become cap * tanh(x / cap), as in Gemma 2
+    dropout: float = 0.0  # share of attention weights set to zero
+    seed: int = 0  # of dropout: the same seed drops the same weights, so give another one in every call
+    scale: float | None = None  # None: 1 / sqrt(Dh)
+
+    @property
+    def plain(self) -> bool:
+        """Whether fused kernels know all that is asked for."""
+        nothing = self.window is self.ids is self.bias is self.soft_cap is None and not self.dropout
+        return nothing and (self.scale is None or self.scale > 0)
+
+
+def visible(options: Options, T: int, S: int, rows: range, columns: range, device) -> Tensor | None:
+    """Which of these queries see which of these keys, (B or 1, len(rows), len(columns)); None: all see all."""
+    first, last, window = S - T + rows.start, S - T + rows.stop - 1, options.window or S + T
+    after = 1 if options.is_causal else window  # keys from this distance behind a query on are hidden
+    inside = columns.stop - 1 < first + after and columns.start > last - window
+    if inside and options.ids is None:
+        return None
+    position = torch.arange(first, last + 1, device=device)[:, None]  # (rows, 1)
+    key = torch.arange(columns.start, columns.stop, device=device)  # (columns,)
+    mask = ((key < position + after) & (key > position - window))[None]  # (1, rows, columns)
+    if options.ids is not None:
+        mask = mask & (options.ids[:, first:last + 1, None] == options.ids[:, None, columns.start:columns.stop])
+    return mask
+
+
+def dropout_factor(options: Options, heads: Tensor, T: int, S: int, rows: range, columns: range) -> Tensor:
+    """0 where a weight is dropped, else 1 / (1 - dropout); heads (n,), numbered b H + h -> (n, rows, columns).
+
+    A weight's fate is a hash of its place (splitmix64, Steele et al. 2014), so any tile of the mask can be made
+    again, in any order, without being kept.
+    """
+    t, s = (torch.arange(r.start, r.stop, device=heads.device) for r in (rows, columns))
+    start = (options.seed * 0xd1342543de82ef95 + 2**63) % 2**64 - 2**63  # any integer, spread over all of int64
+    z = (heads[:, None, None] * T + t[:, None]) * S + s + start  # (n, rows, columns)
+    # The published factors, as signed integers.
+    for shift, factor in ((0, -0x61c8864680b583eb), (30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1 if shift else 0)) * factor  # >> copies the sign: cut it off
+    uniform = (z >> 40 & 0xffffff).float() / 2**24  # [0, 1)
+    return (uniform >= options.dropout) / (1 - options.dropout)
+
+
+def naive_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, **options
+                             ) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, Dh) and lse (B, H, T), with every matrix of the formula in sight. ``options``: see Options."""
+    options = Options(is_causal, **options)
+    (B, H, T, Dh), S, G = q.shape, k.size(2), q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)  # (B, H, S, Dh)
+    s = q @ k.mT * (Dh ** -0.5 if options.scale is None else options.scale)  # (B, H, T, S)
+    if options.soft_cap:
+        s = options.soft_cap * torch.tanh(s / options.soft_cap)
+    if options.bias is not None:
+        s = s + options.bias
+    mask = visible(options, T, S, range(T), range(S), q.device)
+    if mask is not None:
+        s = s.masked_fill(~mask[:, None], float("-inf"))
+    lse = torch.logsumexp(s, -1)  # (B, H, T)
+    nothing = (lse == -math.inf)[..., None]  # queries that see nothing: zeros, without computing inf - inf
+    p = torch.softmax(s.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
+    if options.dropout:
+        heads = torch.arange(B * H, device=q.device)
+        p = p * dropout_factor(options, heads, T, S, range(T), range(S)).view_as(p).type_as(p)
+    return p @ v, lse
+
+
+# --- 2. the softmax, block by block ---------------------------------------------------------
+
+def softmax_of_concatenation(x: Tensor, y: Tensor) -> Tensor:
+    """softmax([x, y]) = [a softmax(x), (1 - a) softmax(y)], a = e^lse(x) / (e^lse(x) + e^lse(y)); over the last."""
+    a = torch.sigmoid(torch.logsumexp(x, -1, keepdim=True) - torch.logsumexp(y, -1, keepdim=True))
+    return torch.cat((a * torch.softmax(x, -1), (1 - a) * torch.softmax(y, -1)), -1)
+
+
+def online_softmax(row: Tensor, block: int = 1) -> Tensor:
+    """softmax of row (S,); its maximum and sum are found in one pass.   Milakov & Gimelshein 2018, algorithm 3"""
+    m, l = row.new_tensor(-math.inf), row.new_zeros(())
+    for x in row.split(block):
+        larger = torch.maximum(m, x.max())
+        l = l * torch.exp(m - larger) + torch.exp(x - larger).sum()
+        m = larger
+    return torch.exp(row - m) / l
+
+
+def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two sets of keys, from the results on each: (o, lse) twice -> (o, lse) on both together. Exact.
+
+    o (..., Dh), lse (...). This is all that ring attention and split-KV decoding need to know.
+    """
+    if o1.shape != o2.shape or lse1.shape != lse2.shape or o1.shape[:-1] != lse1.shape:
+        raise ValueError("merge needs two outputs (..., Dh) and two log-sum-exps (...), got "
+                         f"{tuple(o1.shape)}, {tuple(lse1.shape)} and {tuple(o2.shape)}, {tuple(lse2.shape)}")
+    m = torch.maximum(lse1, lse2).detach()
+    m = m.masked_fill(m == -math.inf, 0)  # both saw nothing: weights 0, not e^(inf - inf)
+    w1, w2 = torch.exp(lse1 - m), torch.exp(lse2 - m)
+    nothing = (w1 + w2) == 0
+    total = (w1 + w2).masked_fill(nothing, 1)
+    o = (o1 * (w1 / total)[..., None] + o2 * (w2 / total)[..., None]).to(o1.dtype)
+    return o, (m + torch.log(total)).masked_fill(nothing, -math.inf)
+
+
+# --- 3. the same in tiles -------------------------------------------------------------------
+
+@dataclass
+class _Tile:
+    """Some rows of the batch, some key heads with their groups of query heads, some queries."""
+    b: slice
+    h: slice
+    rows: range
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, Hkv, G, T, ...) -> (b, h, G, rows, ...), a view."""
+        return x[self.b, self.h, :, self.rows.start:self.rows.stop]
+
+    def keys(self, x: Tensor, columns: range) -> Tensor:
+        """(B, Hkv, S, Dh) -> (n, columns, Dh), n = b h; a view where strides allow."""
+        return x[self.b, self.h, columns.start:columns.stop].flatten(0, 1)
+
+
+class _Tiling:
+    """How one attention is cut, and the logits of each tile; the same in forward and backward."""
+
+    def __init__(self, q: Tensor, k: Tensor, options: Options, tile: tuple[int, int] | None):
+        (B, H, T, Dh), (_, Hkv, S, _) = q.shape, k.shape
+        self.shape, self.device = (B, H, Hkv, H // Hkv, T, S), q.device
+        # Statistics and sums in fp32 (or finer). Tensor cores and AMX multiply halves into fp32 themselves;
+        # where nothing does, halves are multiplied as fp32, tile by tile.
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.products = q.dtype if _multiplies(q.device.type, q.dtype) else self.dtype
+        self.options, self.scale = options, Dh ** -0.5 if options.scale is None else options.scale
+        # The queries of a group share their keys: they are rows of one product, and no key is copied.
+        self.Br, self.Bc = tile or (max(16, 256 // (H // Hkv)), 512)  # 256 x 512 logits: fastest on a CPU
+
+    def tiles(self) -> Iterator[_Tile]:
+        """All query tiles. So many heads at once that their logits, at most 4 MB, stay in cache."""
+        B, _, Hkv, G, T, S = self.shape
+        heads = max(1, 2**20 // max(1, G * min(self.Br, T) * min(self.Bc, S)))
+        if self.device.type != "cpu":  # a GPU wants them all
+            heads = B * Hkv
+        for b in range(0, B, step := max(1, heads // Hkv)):
+            for h in range(0, Hkv, heads):
+                for r in range(0, T, self.Br):
+                    yield _Tile(slice(b, b + step), slice(h, min(h + heads, Hkv)), range(r, min(r + self.Br, T)))
+
+    def columns(self, rows: range) -> Iterator[range]:
+        """The key tiles that some of these queries see. What is above the diagonal is never computed."""
+        *_, T, S = self.shape
+        first, last = S - T + rows.start, S - T + rows.stop - 1
+        begin = 0 if self.options.window is None else max(0, first - self.options.window + 1)
+        end = min(S, last + (1 if self.options.is_causal else self.options.window or S + T))
+        diagonal = max(begin, min(first, end)) if self.options.is_causal else end  # its tiles alone need a mask
+        for start, stop in ((begin, diagonal), (diagonal, end)):
+            for c in range(start, stop, self.Bc):
+                yield range(c, min(c + self.Bc, stop))
+
+    def logits(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: Tensor
+               ) -> tuple[Tensor | None, Tensor | None]:
+        """q (n, G rows, Dh), k (n, columns, Dh) -> logits (n, G rows, columns) in ``space``, None if nobody sees
+        anything; and the slope of their soft cap, None without one."""
+        *_, G, T, S = self.shape
+        o, slope, mask = self.options, None, visible(self.options, T, S, at.rows, columns, self.device)
+        if o.ids is not None:
+            mask = mask[at.b]
+            if not mask.any():  # another document
+                return None, None
+        n, R, C = q.size(0), q.size(1), k.size(1)
+        if self.products == self.dtype:
+            s = torch.bmm(q, k.mT, out=space[:n * R * C].view(n, R, C))
+        else:
+            s = torch.bmm(q, k.mT).to(self.dtype).mul_(self.scale)
+        if o.soft_cap:
+            bent = torch.tanh(s / o.soft_cap)
+            s, slope = bent * o.soft_cap, 1 - bent.square()
+        full = s.view(-1, at.h.stop - at.h.start, G, len(at.rows), C)  # (b, h, G, rows, columns)
+        if o.bias is not None:
+            full += self.bias_of(o.bias, at, columns)
+        if mask is not None:
+            full.masked_fill_(~mask[:, None, None], -math.inf)
+        return s, slope
+
+    def bias_of(self, bias: Tensor, at: _Tile, columns: range) -> Tensor:
+        """What of a bias (B, H, T, S) meets this tile, (b, h, G, rows, columns); any size may be 1 instead."""
+        bias = bias.unflatten(1, self.shape[2:4]) if bias.size(1) > 1 else bias[:, :, None]  # (B, Hkv, G, T, S)
+        places = (at.b, at.h, slice(None), slice(at.rows.start, at.rows.stop), slice(columns.start, columns.stop))
+        return bias[tuple(slice(None) if size == 1 else place for size, place in zip(bias.shape, places))]
+
+    def query_tile(self, q: Tensor, at: _Tile) -> Tensor:
+        """(B, Hkv, G, T, Dh) -> (n, G rows, Dh), scaled if products are as fine as sums."""
+        q = at.queries(q).flatten(2, 3).flatten(0, 1)
+        return q.to(self.products) * self.scale if self.products == self.dtype else q
+
+    def dropout(self, at: _Tile, columns: range) -> Tensor:
+        B, H, Hkv, G, T, S = self.shape
+        heads = torch.arange(B * H, device=self.device).view(B, Hkv, G)[at.b, at.h].flatten()  # (n G,)
+        factor = dropout_factor(self.options, heads, T, S, at.rows, columns).to(self.dtype)  # (n G, rows, columns)
+        return factor.view(-1, G * len(at.rows), len(columns))
+
+
+def _multiplies(device: str, dtype: torch.dtype) -> bool:
+    """Whether the device's matrix products take halves and sum in fp32 faster than it converts them."""
+    return device != "cpu" or dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple[int, int] | None = None,
+                  traffic: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """out, lse; ``tile`` (query rows, key rows); ``traffic`` receives the bytes of every tile read or written."""
+    cut = _Tiling(q, k, options, tile)
+    B, H, Hkv, G, T, S = cut.shape
+    out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=cut.dtype)
+    space, traffic = None, [] if traffic is None else traffic
+    for at in cut.tiles():
+        q_i = cut.query_tile(q.unflatten(1, (Hkv, G)), at)  # (n, G rows, Dh)
+        n, R, Dh = q_i.shape
+        space = q.new_empty(n * R * min(cut.Bc, S), dtype=cut.dtype) if space is None else space
+        o = q.new_zeros(n, R, Dh, dtype=cut.dtype)
+        l = q.new_zeros(n, R, 1, dtype=cut.dtype)
+        # Not -inf: a row that sees nothing must not compute inf - inf.
+        m = torch.full_like(l, torch.finfo(cut.dtype).min)
+        for columns in cut.columns(at.rows):
+            k_j, v_j = (at.keys(x, columns).to(cut.products) for x in (k, v))  # (n, columns, Dh)
+            s, _ = cut.logits(q_i, k_j, at, columns, space)  # (n, G rows, columns)
+            if s is None:
+                continue
+            traffic.append(2 * len(columns) * n * Dh * k.element_size())
+            larger = torch.maximum(m, s.amax(-1, keepdim=True))
+            p = _exp_(s.sub_(larger))
+            shrink = torch.exp(m - larger)
+            l.mul_(shrink).add_(p.sum(-1, keepdim=True))
+            if options.dropout:
+                p.mul_(cut.dropout(at, columns))
+            _add_product(o.mul_(shrink), p, v_j)
+            m = larger
+        nothing = l == 0
+        target = at.queries(out.unflatten(1, (Hkv, G)))  # (b, h, G, rows, Dh)
+        target.copy_((o / l.masked_fill(nothing, 1)).view(target.shape))
+        lse_i = (m + torch.log(l)).masked_fill_(nothing, -math.inf)  # (n, G rows, 1)
+        at.queries(lse.unflatten(1, (Hkv, G))).copy_(lse_i.view(target.shape[:-1]))
+        traffic.append(n * R * (2 * Dh * q.element_size() + lse.element_size()))
+    return out, lse
+
+
+def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
+                   grad_lse: Tensor | None = None, tile: tuple[int, int] | None = None
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the bias. The tiles are computed again: p = e^(s - lse) needs no second pass.
+
+    out and lse may be those of attention to more keys than k: then these are the gradients through k's share.
+    """
+    cut = _Tiling(q, k, options, tile)
+    B, H, Hkv, G, T, S = cut.shape
+    dq, bias = torch.empty_like(q), options.bias
+    dk, dv = (torch.zeros(k.shape, dtype=cut.dtype, device=k.device) for _ in range(2))
+    dbias = None if bias is None or not bias.requires_grad else torch.zeros_like(bias, dtype=cut.dtype)
+    space = None
+    for at in cut.tiles():
+        q_i = cut.query_tile(q.unflatten(1, (Hkv, G)), at)  # (n, G rows, Dh)
+        n, R, Dh = q_i.shape
+        space = q.new_empty(2, n * R * min(cut.Bc, S), dtype=cut.dtype) if space is None else space
+        do_i, out_i = (at.queries(x.unflatten(1, (Hkv, G))).flatten(2, 3).flatten(0, 1) for x in (grad_out, out))
+        delta = (do_i.to(cut.dtype) * out_i).sum(-1, keepdim=True)  # (n, G rows, 1)
+        if grad_lse is not None:  # d lse_i / d s_ij = p_ij
+            delta -= at.queries(grad_lse.unflatten(1, (Hkv, G))).reshape(n, R, 1)
+        lse_i = at.queries(lse.unflatten(1, (Hkv, G))).reshape(n, R, 1)
+        lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf)  # p = 0 in rows that see nothing
+        do_i, dq_i = do_i.to(cut.products), torch.zeros(q_i.shape, dtype=cut.dtype, device=q.device)
+        for columns in cut.columns(at.rows):
+            k_j, v_j = (at.keys(x, columns).to(cut.products) for x in (k, v))  # (n, columns, Dh)
+            s, slope = cut.logits(q_i, k_j, at, columns, space[0])  # (n, G rows, columns)
+            if s is None:
+                continue
+            p = _exp_(s.sub_(lse_i))
+            dp = _product(do_i, v_j.mT, space[1])  # (n, G rows, columns)
+            kept = p
+            if options.dropout:
+                factor = cut.dropout(at, columns)
+                dp, kept = dp.mul_(factor), p * factor
+            _add_product(dv[at.b, at.h, columns.start:columns.stop].view(v_j.shape), kept.mT, do_i)
+            ds = dp.sub_(delta).mul_(p)
+            if dbias is not None:
+                part = cut.bias_of(dbias, at, columns)  # (b | 1, h | 1, G | 1, rows | 1, columns | 1)
+                part += ds.view(-1, at.h.stop - at.h.start, G, len(at.rows), len(columns)).sum_to_size(part.shape)
+            if slope is not None:
+                ds.mul_(slope)
+            _add_product(dq_i, ds, k_j)
+            _add_product(dk[at.b, at.h, columns.start:columns.stop].view(k_j.shape), ds.mT, q_i)
+        target = at.queries(dq.unflatten(1, (Hkv, G)))  # (b, h, G, rows, Dh)
+        target.copy_(dq_i.mul_(cut.scale).view(target.shape))
+    if cut.products != cut.dtype:  # else q_i was scaled
+        dk.mul_(cut.scale)
+    dk = dk.to(k.dtype)  # one after the other, so that three of the four copies exist at a time
+    dv = dv.to(v.dtype)
+    return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """e^x in place, by 2^x: on a CPU that takes two thirds of the time."""
+    return x.mul_(1 / math.log(2)).exp2_()
+
+
+def _product(a: Tensor, b: Tensor, space: Tensor) -> Tensor:
+    """a b in the type of ``space`` and, if they have it too, in its memory: fresh pages would cost time."""
+    n, R, C = a.size(0), a.size(1), b.size(2)
+    if a.dtype == space.dtype:
+        return torch.bmm(a, b, out=space[:n * R * C].view(n, R, C))
+    return torch.bmm(a, b).to(space.dtype)
+
+
+def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a b, multiplied in b's type."""
+    if b.dtype == sums.dtype:
+        sums.baddbmm_(a, b)
+    else:
+        sums.add_(torch.bmm(a.to(b.dtype), b))
+
+
+# --- 4. what models call --------------------------------------------------------------------
+
+@torch.compiler.assume_constant_result  # torch.compile asks once and keeps the answer
+def _kernel_for(backend: str, device: torch.device, dtype: torch.dtype, B: int, H: int, Hkv: int, T: int, S: int,
+                Dh: int, is_causal: bool, with_backward: bool) -> str:
+    """The name of a kernel in attention_kernels.py for these sizes, or "tiled"."""
+    try:
+        from attention_kernels import KERNELS, fastest, works
+    except ModuleNotFoundError:
+        if backend != "auto":
+            raise ValueError(f"backend {backend!r} needs attention_kernels.py beside flash_attn.py; 'tiled' and "
+                             "'auto' do not") from None
+        _warn_once("attention_kernels.py is not beside flash_attn.py: attention is computed in tiles, without "
+                   "torch's own kernels")
+        return "tiled"
+    if backend not in ("auto", *KERNELS):
+        raise ValueError(f"backend must be auto, tiled, {', '.join(KERNELS)}, got {backend!r}")
+    if backend != "auto":
+        if works(backend, device, dtype, Dh, H // Hkv, is_causal):
+            return backend
+        if backend != "own":  # ours has warned, and torch's take its place
+            raise ValueError(f"backend {backend!r} does not work here for {dtype}, Dh = {Dh} on {device}")
+    # Timed once for all lengths between two powers of two.
+    T, S = (1 << n.bit_length() - 1 for n in (T, S))
+    return fastest(device, dtype, B, H, Hkv, T, S, Dh, is_causal, with_backward) or "tiled"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message)
+
+
+def _choose(backend: str, q: Tensor, k: Tensor, options: Options, with_backward: bool) -> str:
+    """The name of what computes this: a kernel, or "tiled"."""
+    if backend == "tiled":
+        return backend
+    if not options.plain:
+        if backend != "auto":
+            raise ValueError(f"backend {backend!r} knows no window, ids, bias, soft_cap, dropout: "
+                             "use 'tiled' or 'auto'")
+        return "tiled"
+    if 0 in (*q.shape, k.size(2)):
+        return "tiled"
+    (B, H, T, Dh), (Hkv, S) = q.shape, k.shape[1:3]
+    return _kernel_for(backend, q.device, q.dtype, B, H, Hkv, T, S, Dh, options.is_causal, with_backward)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """All kernels save the same: q, k, v, out and lse. So the backward need not be of the forward's kind."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, options, name):
+        ctx.set_materialize_grads(False)
+        with torch.autocast(q.device.type, enabled=False):
+            if name == "tiled":
+                (out, lse), ctx.rest = tiled_forward(q, k, v, options), ()
+            else:
+                from attention_kernels import kernel_forward
+                out, lse, ctx.rest = kernel_forward(name, q, k, v, options.is_causal, options.scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options, ctx.name = options, name
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        with torch.autocast(q.device.type, enabled=False):
+            if ctx.name == "tiled" or grad_lse is not None:  # torch's kernels have no gradient of lse
+                grads = tiled_backward(grad_out, q, k, v, out, lse, ctx.options, grad_lse)
+            else:
+                from attention_kernels import kernel_backward
+                o = ctx.options
+                grads = *kernel_backward(ctx.name, grad_out, q, k, v, out, lse, ctx.rest, o.is_causal, o.scale), None
+        return *grads, None, None
+
+
+def flash_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, *, backend: str = "auto",
+                             **options) -> tuple[Tensor, Tensor]:
+    """softmax(Q K^T / sqrt(Dh)) V and the log-sum-exp of its logits, without the T x S matrix; both differentiable.
+
+    Args:
+        q: (B, H, T, Dh), the last T of S positions; k, v: (B, Hkv, S, Dh), Hkv divides H: query head h reads
+            key head h // (H / Hkv). fp32, bf16, fp16 or float64; any T and S, 0 too.
+        is_causal: query t sees keys 0 .. S - T + t.
+        backend: "tiled" is the plain PyTorch above, which knows all options; "auto" the fastest of torch's kernels
+            that work here, or "tiled" where none does; a name in attention_kernels.KERNELS is that one, "own"
+            being flash_attn_cuda.py.
+        options: window, ids, bias, soft_cap, dropout, seed, scale: see Options.
+
+    Returns:
+        out (B, H, T, Dh) in q's type, lse (B, H, T) in fp32 (float64 if q is); a query that sees no key has
+        zeros and -inf.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit each other, or that the backend lacks.
+    """
+    options = Options(is_causal, **options)
+    _check(q, k, v, options)
+    with_backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    name = _choose(backend, q, k, options, with_backward)
+    return _FlashAttention.apply(q, k, v, options.bias, options, name)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, **options) -> Tensor:
+    """``flash_attention_with_lse`` without the log-sum-exp: fits GPT(config, attention=flash_attention)."""
+    return flash_attention_with_lse(q, k, v, is_causal, **options)[0]
+
+
+def split_kv_attention(q: Tensor, k: Tensor, v: Tensor, splits: int, is_causal: bool = True, **options) -> Tensor:
+    """The same from ``splits`` pieces of the keys, computed on their own and merged: what decoding does.
+
+    One query has no other work to share out among a GPU's processors, or among machines that each hold a piece
+    of a long cache. The last piece holds at least the T positions of the queries. Of the options, soft_cap,
+    scale and backend: the others depend on places, which a piece does not know.   "Flash-Decoding", Dao 2023
+    """
+    if splits < 1:
+        raise ValueError(f"splits must be at least 1, got {splits}")
+    if unknown := set(options) - {"soft_cap", "scale", "backend"}:
+        raise ValueError(f"split_kv_attention takes soft_cap, scale and backend, got {', '.join(sorted(unknown))}")
+    T, S = q.size(2), k.size(2)
+    cuts = sorted({min(S * i // splits, max(S - T, 0)) for i in range(splits)} | {S})
+    parts = [flash_attention_with_lse(q, k[:, :, a:b], v[:, :, a:b], is_causal and b == S, **options)
+             for a, b in zip(cuts, cuts[1:])] or [flash_attention_with_lse(q, k, v, is_causal, **options)]
+    return functools.reduce(lambda one, other: merge(*one, *other), parts)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+        raise ValueError(f"needs q (B, H, T, Dh), k and v (B, Hkv, S, Dh), got {shapes}")
+    B, H, T, Dh, Hkv, S = *q.shape, *k.shape[1:3]
+    if Hkv == 0 or H % Hkv or Dh == 0:
+        raise ValueError(f"Hkv must divide H, and Dh be at least 1, got {shapes}")
+    types = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in types:
+        raise ValueError("q, k and v must all be fp32, bf16, fp16 or float64, "
+                         f"got {q.dtype}, {k.dtype}, {v.dtype}")
+    bias, ids = options.bias, options.ids
+    for name, x in (("k", k), ("v", v), ("bias", bias), ("ids", ids)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"q is on {q.device}, {name} on {x.device}")
+    if options.window is not None and (type(options.window) is not int or options.window < 1):
+        raise ValueError(f"window must be an integer of at least 1, got {options.window}")
+    if type(options.seed) is not int:
+        raise ValueError(f"seed must be an integer, got {options.seed}")
+    if ids is not None and (ids.shape != (B, S) or T > S):
+        raise ValueError(f"ids must number all of (B, S) = {(B, S)} positions and T = {T} be at most S, "
+                         f"got {tuple(ids.shape)}")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias is added to the logits, and must be a float (-inf hides a key), got {bias.dtype}")
+    if bias is not None and (bias.dim() != 4 or any(a not in (1, b) for a, b in zip(bias.shape, (B, H, T, S)))):
+        raise ValueError(f"bias must be broadcastable to (B, H, T, S) = {(B, H, T, S)}, got {tuple(bias.shape)}")
+    if options.soft_cap is not None and not 0 < options.soft_cap < math.inf:
+        raise ValueError(f"soft_cap must be positive and finite, got {options.soft_cap}")
+    if not 0 <= options.dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {options.dropout}")
+
+
+# --- 5. what it saves, counted --------------------------------------------------------------
+
+def naive_traffic(T: int, S: int, Dh: int, itemsize: int = 4) -> int:
+    """HBM bytes of one head's naive forward: read Q, K; write and read S; write and read P; read V; write O.
+
+    Theta(T Dh + T^2): Dao et al. 2022, algorithm 0 and theorem 2.
+    """
+    return (2 * (T + S) * Dh + 4 * T * S) * itemsize
+
+
+def tiled_traffic(T: int, S: int, Dh: int, tile: tuple[int, int], is_causal: bool = True, itemsize: int = 4) -> int:
+    """HBM bytes of one head's tiled forward: Q read and O, lse written once, K and V read once per query tile.
+
+    With tile rows proportional to M / Dh this is Theta(T^2 Dh^2 / M): Dao et al. 2022, theorem 2.
+    """
+    Br, _ = tile
+    lasts = [min(r + Br, T) for r in range(0, T, Br)]  # query tiles end here, and see so many keys:
+    keys = sum(min(S, max(0, S - T + last)) if is_causal else S for last in lasts)
+    return (2 * T * Dh + 2 * keys * Dh) * itemsize + 4 * T
+
+
+def tile_size(fast_memory: int, Dh: int, itemsize: int = 4) -> int:
+    """Rows of the largest square tile, a multiple of 16, whose Q, O, K, V and logits fit in so many bytes.
+
+    4 B Dh + B^2 <= M numbers: Theta(M / Dh) rows as in algorithm 1, where B = M / (4 Dh) leaves out the logits.
+    """
+    M = fast_memory // itemsize
+    rows = int(math.sqrt(4 * Dh * Dh + M) - 2 * Dh) // 16 * 16
+    if rows < 16:
+        raise ValueError(f"{fast_memory} bytes hold no tile of 16 rows of width {Dh}")
+    return rows
+
+
+# --- 6. demo --------------------------------------------------------------------------------
+
+def peak_extra_bytes(run: Callable[[], object], device: str) -> int:
+    """The most memory, in bytes, that run() holds at any time beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on stderr that it starts and stops
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
+def _milliseconds(run: Callable[[], object], device: str) -> float:
+    """The shortest of three calls."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
+
+
+def main(lengths: list[int], heads: int, head_width: int, dtype: str, device: str, plot: str | None) -> None:
+    if min(*lengths, heads, head_width) < 1:
+        raise ValueError("--lengths, --heads and --head_width must be at least 1")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; leave it out to run on the CPU")
+    if plot:
+        try:
+            from matplotlib import pyplot
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    lengths, generator = sorted(lengths), torch.Generator().manual_seed(0)
+    row = torch.randn(1000, generator=generator)
+    print(f"softmax of 1000 numbers in one pass, 7 at a time: differs from torch's by "
+          f"{(online_softmax(row, 7) - row.softmax(0)).abs().max():.0e} (expected below 1e-7)")
+
+    T, traffic = min(1024, lengths[-1]), []
+    tile = (tile_size(192 * 1024, head_width),) * 2  # an A100's fast memory, per processor
+    tiled_forward(*torch.randn(3, 1, 1, T, head_width, generator=generator), Options(), tile, traffic)
+    expected = tiled_traffic(T, T, head_width, tile)
+    print(f"192 KB of fast memory hold tiles of {tile[0]} rows; at T = {T} one causal head moves {sum(traffic):,} "
+          f"bytes in tiles (formula: {expected:,}), naively {naive_traffic(T, T, head_width):,}")
+
+    methods = {
+        "naive": lambda q, k, v: naive_attention_with_lse(q, k, v)[0],
+        "tiled": lambda q, k, v: flash_attention(q, k, v, backend="tiled"),
+        "torch": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
+    print(f"\nforward + backward, (1, {heads}, T, {head_width}), causal, {dtype} on {device}: "
+          "milliseconds, and MB beyond the inputs\n     T" + "".join(f"{name:>18}" for name in methods))
+    table: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    worst = 0.0
+    for T in lengths:
+        inputs = torch.randn(4, 1, heads, T, head_width, generator=generator)
+        q, k, v, grad_out = inputs.to(device, getattr(torch, dtype))
+        leaves, results = [x.requires_grad_() for x in (q, k, v)], {}
+        for name, method in methods.items():
+            def run():
+                out = method(*leaves)
+                return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+            results[name] = run()
+            table[name].append((_milliseconds(run, device), peak_extra_bytes(run, device) / 1e6))
+        worst = max(worst, *(((a - b).abs().max() / b.abs().max()).item()
+                             for a, b in zip(results["tiled"], results["torch"])))
+        print(f"{T:6}" + "".join("{:9.1f} {:7.1f}M".format(*table[name][-1]) for name in methods), flush=True)
+    if plot:
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+        for axis, title, column in zip(axes, ("milliseconds", "MB beyond the inputs"), (0, 1)):
+            for name in methods:
+                axis.loglog(lengths, [values[column] for values in table[name]], marker="o", label=name)
+            axis.set(xlabel="T", title=title)
+            axis.legend()
+        figure.savefig(plot)
+        print(f"drawn: {plot}")
+    grown = {name: values[-1][1] / values[0][1] for name, values in table.items()}
+    print(f"from T = {lengths[0]} to {lengths[-1]}, {lengths[-1] / lengths[0]:.1f} x, memory grew "
+          f"{grown['naive']:.1f} x naive, {grown['tiled']:.1f} x tiled")
+    bound = 1e-5 if dtype == "float32" else 0.02
+    print(f"counted = formula: {sum(traffic) == expected};   max |tiled - torch| = {worst:.1e} of the largest "
+          f"({'OK' if worst < bound else 'WRONG'}, below {bound:.0e})")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], metavar="T",
+                        help="default 256 512 1024 2048 4096")
+    parser.add_argument("--heads", type=int, default=4, help="heads (default 4)")
+    parser.add_argument("--head_width", type=int, default=64, help="Dh (default 64)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+                        help="default float32")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib)")
+    try:
+        main(**vars(parser.parse_args()))
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error).splitlines()[0][:200])

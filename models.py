@@ -1,0 +1,135 @@
+"""Which language model is meant: from the settings of a run, or from a checkpoint, to a model.
+
+Idea      train.py and decode.py work on any model of the contract (embed, blocks, head, new_cache). A model is named by
+          its kind and its sizes; both stand in a checkpoint. This is the one place that knows the kinds.
+Formula   FLOPs of a training step per token: 6 per weight that a token meets, and attention's; of experts it meets K.
+Shapes    tokens (B, T) -> logits (B, T, V), for all of them
+Omits     encoders (bert.py) and encoder-decoders (transformer.py): they are no language models in this sense.
+Run       python models.py    sizes of all presets, parameters beside those that a token meets
+Test      pytest tests/test_models.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+KINDS = ("gpt", "llama", "moe")
+
+
+def describe(settings, vocab_size: int) -> dict:
+    """The sizes of the model that a run's settings (config.TrainConfig) ask for, as ``build`` takes them.
+
+    Raises ValueError for sizes that cannot be.
+    """
+    s = settings
+    sizes = {"vocab_size": vocab_size, "context": s.context, "n_layers": s.n_layers, "n_heads": s.n_heads,
+             "d_model": s.d_model, "d_ff": s.d_ff}
+    if s.model == "gpt":
+        sizes["dropout"] = s.dropout
+    else:
+        sizes |= {"n_kv_heads": s.n_kv_heads or s.n_heads, "rope_base": 1e4 if s.context <= 8192 else 5e5, "tied": True}
+    if s.model == "moe":
+        sizes["experts"] = {"n_experts": s.n_experts, "k": s.experts_per_token, "router": "softmax_before"}
+    build(s.model, sizes, device="meta")
+    return sizes
+
+
+def build(kind: str, sizes: dict, attention: Callable | None = None, generator: torch.Generator | None = None,
+          device: str = "cpu") -> nn.Module:
+    """A model of a kind and sizes, its weights drawn from the generator; on "meta" it has shapes and no weights.
+
+    Raises ValueError for an unknown kind or sizes that cannot be.
+    """
+    options = {} if attention is None else {"attention": attention}
+    sizes = dict(sizes)
+    with torch.device(device):
+        if kind == "gpt":
+            from gpt import GPT, GPTConfig
+            return GPT(GPTConfig(**sizes), generator=generator, **options)
+        if kind == "llama":
+            from llama import Llama, LlamaConfig
+            return Llama(LlamaConfig(**sizes), generator=generator, **options)
+        if kind == "moe":
+            from llama import Llama, LlamaConfig
+            from moe import MoE
+            experts = sizes.pop("experts")
+            return Llama(LlamaConfig(**sizes), generator=generator, **options,
+                         mlp=lambda c: MoE(c.d_model, c.d_ff, per_sequence=True, generator=generator, **experts))
+    raise ValueError(f"a model is one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def sizes_of(model: nn.Module) -> dict:
+    """What ``build`` needs to build this model again."""
+    sizes = dataclasses.asdict(model.config)
+    experts = getattr(model.blocks[0].mlp, "n_experts", None)
+    if experts is not None:
+        layer = model.blocks[0].mlp
+        sizes["experts"] = {"n_experts": layer.n_experts, "k": layer.k, "router": layer.kind}
+    return sizes
+
+
+def parameters_and_flops(kind: str, sizes: dict, context: int | None = None) -> tuple[int, int, int]:
+    """(parameters, those that a token meets, FLOPs of a training step per token), without making the weights."""
+    model = build(kind, sizes, device="meta")
+    if kind == "gpt":
+        from gpt import count_parameters, flops_per_token
+        N = count_parameters(model.config)
+        return N, N, flops_per_token(model.config, context)
+    from moe import model_size
+    size = model_size(model, context)
+    return size.parameters, size.active_parameters, size.flops
+
+
+def balancing_loss(model: nn.Module) -> torch.Tensor | float:
+    """What a model's layers add to the loss of the last forward (the balance of experts); 0.0 for most."""
+    if getattr(model.blocks[0].mlp, "n_experts", None) is None:
+        return 0.0
+    from moe import auxiliary_loss
+    return auxiliary_loss(model)
+
+
+def from_pretrained(directory: str | Path) -> nn.Module:
+    """The model in a Hugging Face directory, by its config.json's ``model_type``.
+
+    Raises ValueError if it is damaged, or no model that is here.
+    """
+    try:
+        kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{directory}: config.json: {error}") from None
+    if kind == "gpt2":
+        from gpt import GPT
+        return GPT.from_pretrained(directory)
+    if kind in ("llama", "mistral"):
+        from llama import Llama
+        return Llama.from_pretrained(directory)
+    if kind in ("mixtral", "olmoe"):
+        from llama import Llama
+        from moe import experts_of
+        return Llama.from_pretrained(directory, mlp=experts_of(directory))
+    raise ValueError(f"{directory}: model_type is {kind!r}; gpt2, llama, mistral, mixtral and olmoe can be read")
+
+
+def main() -> None:
+    from config import PRESETS, TrainConfig
+    worst = 0.0
+    print(f"{'preset':12} kind    parameters     a token meets   FLOPs per training token   over 6 N")
+    for name, values in PRESETS.items():
+        settings = TrainConfig(**values)
+        vocab_size = {"train": settings.vocab_size, "gpt2": 50257}.get(settings.tokenizer, 100277)
+        sizes = describe(settings, vocab_size)
+        N, active, flops = parameters_and_flops(settings.model, sizes)
+        exact = sum(p.numel() for p in build(settings.model, sizes, device="meta").parameters())
+        worst = max(worst, abs(N - exact))
+        print(f"{name:12} {settings.model:6} {N:>14,} {active:>15,} {flops:>18.3e} {flops / (6 * active):18.2f}")
+    print(f"max |counted - made| = {worst:.0f} parameters (expected 0)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,531 @@
+"""Tiled attention against brute force in float64 and torch's own; merging, memory, kernels, and all that can be asked."""
+
+import math
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import flash_attn
+from attention_kernels import works
+from flash_attn import (Options, dropout_factor, flash_attention, flash_attention_with_lse, merge,
+                        naive_attention_with_lse, naive_traffic, online_softmax, peak_extra_bytes,
+                        softmax_of_concatenation, split_kv_attention, tile_size, tiled_backward, tiled_forward,
+                        tiled_traffic)
+
+
+def problem(T, S, H=4, Hkv=2, Dh=8, B=2, dtype=torch.float64, seed=0, spread=1.0):
+    """q, k, v and gradients for out and lse."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, H, T, Dh), (B, Hkv, S, Dh), (B, Hkv, S, Dh), (B, H, T, Dh), (B, H, T)
+    q, k, v, grad_out, grad_lse = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return (q * spread).to(dtype), k.to(dtype), v.to(dtype), grad_out.to(dtype), grad_lse
+
+
+def extras(kind, B, H, T, S):
+    generator = torch.Generator().manual_seed(1)
+    if kind == "ids":
+        return {"ids": torch.randint(3, (B, S), generator=generator).sort(1)[0]}
+    if kind == "bias":
+        return {"bias": torch.randn(1, H, T, S, generator=generator, dtype=torch.float64)}
+    if kind == "row bias":  # as for padded keys
+        return {"bias": torch.randn(B, 1, 1, S, generator=generator, dtype=torch.float64)}
+    return {"dropout": {"dropout": 0.3, "seed": 5}, "soft cap": {"soft_cap": 0.7}, "scale": {"scale": 0.9},
+            "window": {"window": 3}, "two-sided window": {"window": 4, "is_causal": False},
+            "not causal": {"is_causal": False}, "causal": {}}[kind]
+
+
+def brute_force(q, k, v, is_causal=True, window=None, ids=None, bias=None, soft_cap=None, dropout=0.0, seed=0, scale=None):
+    """One query at a time, over the list of keys that it sees."""
+    (B, H, T, Dh), S, G = q.shape, k.size(2), q.size(1) // k.size(1)
+    heads = torch.arange(B * H)
+    kept = dropout_factor(Options(dropout=dropout, seed=seed), heads, T, S, range(T), range(S)).view(B, H, T, S)
+    out, lse = torch.zeros_like(q), torch.full((B, H, T), -math.inf, dtype=q.dtype)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                at = S - T + t
+                seen = [s for s in range(S) if (not is_causal or s <= at) and (not window or abs(s - at) < window)
+                        and (ids is None or ids[b, s] == ids[b, at])]
+                if not seen:
+                    continue
+                x = k[b, h // G, seen] @ q[b, h, t] * (scale or 1 / math.sqrt(Dh))
+                x = soft_cap * torch.tanh(x / soft_cap) if soft_cap else x
+                x = x if bias is None else x + bias.expand(B, H, T, S)[b, h, t, seen]
+                lse[b, h, t] = x.logsumexp(0)
+                weights = x.softmax(0) * (kept[b, h, t, seen] if dropout else 1)
+                out[b, h, t] = weights.to(v.dtype) @ v[b, h // G, seen]
+    return out, lse
+
+
+def with_gradients(attention, q, k, v, grad_out, grad_lse, bias=None, **options):
+    """out, lse, dq, dk, dv and, if there is one, dbias."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v) + (() if bias is None else (bias,))]
+    out, lse = attention(*leaves[:3], **options, **({} if bias is None else {"bias": leaves[3]}))
+    finite = lse.masked_fill(lse == -math.inf, 0)  # its gradient would be NaN in any implementation
+    loss = (out * grad_out).sum() + (finite * grad_lse).sum() + sum(0 * x.sum() for x in leaves)  # what is unused: 0
+    return out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def in_tiles(tile):
+    """tiled_forward and tiled_backward with tiles of this size, as one differentiable function."""
+    class Tiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, bias, options):
+            ctx.options = options
+            out, lse = tiled_forward(q, k, v, options, tile)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out, lse
+
+        @staticmethod
+        def backward(ctx, grad_out, grad_lse):
+            return *tiled_backward(grad_out, *ctx.saved_tensors, ctx.options, grad_lse, tile), None
+
+    def attention(q, k, v, is_causal=True, bias=None, **options):
+        return Tiled.apply(q, k, v, bias, Options(is_causal, bias=bias, **options))
+    return attention
+
+
+def assert_all_close(found, expected, **tolerance):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def size(x):
+    """Root mean square; of two maxima over few numbers, which is larger would be luck."""
+    return x.double().square().mean().sqrt().item()
+
+
+KINDS = ["causal", "not causal", "window", "two-sided window", "ids", "bias", "row bias", "soft cap", "dropout", "scale"]
+LENGTHS = [(5, 5), (1, 7), (3, 8), (7, 3), (3, 1), (2, 0)]
+
+
+# --- the formula ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("T, S, kind", [(T, S, kind) for T, S in LENGTHS for kind in KINDS if T <= S or kind != "ids"])
+def test_tiles_match_brute_force_in_output_lse_and_all_gradients(T, S, kind):
+    for H, Hkv in ((4, 2), (3, 1)) if kind in ("causal", "bias") else ((4, 2),):
+        inputs, options = problem(T, S, H, Hkv), extras(kind, 2, H, T, S)
+        expected = with_gradients(brute_force, *inputs, **options)
+        # float64: both round, in another order, at 1e-16
+        for attention in (in_tiles((3, 2)), naive_attention_with_lse, flash_attention_with_lse):
+            assert_all_close(with_gradients(attention, *inputs, **options), expected, atol=1e-12, rtol=1e-12)
+
+
+if torch.cuda.is_available():
+    @pytest.mark.parametrize("T, S, kind", [(T, S, kind) for T, S in [*LENGTHS, (300, 300), (70, 600)] for kind in KINDS
+                                            if T <= S or kind != "ids"])
+    def test_tiles_on_the_gpu_match_the_formula_on_the_cpu(T, S, kind):
+        inputs, options = problem(T, S), extras(kind, 2, 4, T, S)
+        expected = with_gradients(naive_attention_with_lse, *inputs, **options)
+        moved = {name: x.cuda() if torch.is_tensor(x) else x for name, x in options.items()}
+        found = with_gradients(flash_attention_with_lse, *(x.cuda() for x in inputs), backend="tiled", **moved)
+        assert_all_close([x.cpu() for x in found], expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("T, S", [(300, 300), (40, 600), (600, 40)])
+def test_full_size_tiles_match_torch(T, S, is_causal):
+    inputs = problem(T, S)
+
+    def torch_attention(q, k, v):
+        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if is_causal else torch.ones(T, S, dtype=torch.bool)
+        logits = (q @ k.repeat_interleave(2, 1).mT / math.sqrt(8)).masked_fill(~mask, -math.inf)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out.masked_fill(~mask.any(1)[:, None], 0), logits.logsumexp(-1)
+
+    rows = slice(max(0, T - S) if is_causal else 0, T)  # torch's gradients are NaN where nothing is seen
+    q, k, v, grad_out, grad_lse = inputs
+    found = with_gradients(lambda *x: flash_attention_with_lse(*x, is_causal, backend="tiled"), *inputs)
+    torch.testing.assert_close(found[0], torch_attention(q, k, v)[0], atol=1e-12, rtol=1e-12)
+    T = rows.stop - rows.start
+    expected = with_gradients(torch_attention, q[:, :, rows], k, v, grad_out[:, :, rows], grad_lse[:, :, rows])
+    found = (*(x[:, :, rows] for x in found[:3]), *found[3:])
+    assert_all_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["causal", "not causal", "window", "ids", "dropout", "soft cap"])
+@pytest.mark.parametrize("native", [False, True])
+def test_error_is_at_most_twice_that_of_the_naive_formula_in_the_same_type(dtype, kind, native, monkeypatch):
+    """Whether halves are multiplied as halves, as by tensor cores, or as fp32."""
+    monkeypatch.setattr(flash_attn, "_multiplies", lambda device, dtype: native)
+    for T, S, Dh in ((70, 70, 64), (33, 80, 16)):
+        inputs = problem(T, S, 2, 1, Dh, B=1, dtype=dtype)
+        options = extras(kind, 1, 2, T, S)
+        exact = with_gradients(naive_attention_with_lse, *(x.double() for x in inputs), **options)
+        naive = with_gradients(naive_attention_with_lse, *inputs, **options)
+        found = with_gradients(in_tiles((32, 32)), *inputs, **options)
+        rounding = torch.finfo(dtype).eps / 2
+        for a, b, c in zip(found, naive, exact):
+            assert a.dtype == b.dtype or a.dtype == torch.float32  # lse is fp32
+            # one rounding of the result is nobody's fault
+            assert size(a - c) <= 2 * size(b - c) + rounding * size(c)
+
+
+def test_gradcheck_of_output_and_lse():
+    q, k, v, *_ = (x.requires_grad_() for x in problem(3, 4, 2, 1, 2, B=1))
+    bias = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(in_tiles((2, 3)), (q, k, v))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, b: flash_attention_with_lse(q, k, v, bias=b, soft_cap=2.0, window=3, dropout=0.3), (q, k, v, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hostile_values_stay_finite_and_right(dtype):
+    q, k, v, grad_out, grad_lse = problem(40, 40, 2, 2, 16, dtype=dtype)
+    cases = {"logits of 1e4": (q * 100, k * 100, v), "identical keys": (q, k[:, :, :1].expand_as(k), v),
+             "growing": (q * 0 + 1, torch.arange(40).to(dtype)[:, None].expand_as(k) * 50, v),
+             "falling": (q * 0 + 1, torch.arange(40).to(dtype).flip(0)[:, None].expand_as(k) * 50, v)}
+    for name, (q, k, v) in cases.items():
+        exact = with_gradients(naive_attention_with_lse, *(x.double() for x in (q, k, v, grad_out, grad_lse)))
+        naive = with_gradients(naive_attention_with_lse, q, k, v, grad_out, grad_lse)
+        for attention in (in_tiles((8, 8)), flash_attention_with_lse):
+            found = with_gradients(attention, q, k, v, grad_out, grad_lse)
+            for a, b, c in zip(found, naive, exact):
+                assert a.isfinite().all(), name
+                assert size(a - c) <= 2 * size(b - c) + 4 * torch.finfo(dtype).eps * size(c), name
+
+
+def test_queries_that_see_nothing_give_zeros_and_pass_no_gradient():
+    q, k, v, grad_out, _ = problem(9, 4)
+    q.requires_grad_()
+    for backend in ("tiled", "auto"):
+        out, lse = flash_attention_with_lse(q, k, v, backend=backend)
+        assert (out[:, :, :5] == 0).all() and (lse[:, :, :5] == -math.inf).all() and lse[:, :, 5:].isfinite().all()
+        grad, = torch.autograd.grad((out * grad_out).sum(), q)
+        assert (grad[:, :, :5] == 0).all() and grad.isfinite().all()
+    bias = torch.zeros(1, 1, 9, 4, dtype=torch.float64)
+    bias[:, :, 7] = -math.inf  # all keys masked by a bias
+    out, lse = flash_attention_with_lse(q, k, v, False, bias=bias)
+    assert (out[:, :, 7] == 0).all() and (lse[:, :, 7] == -math.inf).all() and out.isfinite().all()
+
+
+def test_a_query_is_independent_of_what_comes_after_it():
+    q, k, v, *_ = problem(12, 12)
+    before = flash_attention(q, k, v, backend="tiled")
+    k[:, :, 8:], v[:, :, 8:] = 1e3, -1e3
+    assert torch.equal(before[:, :, :8], flash_attention(q, k, v, backend="tiled")[:, :, :8])
+
+
+def test_dropout_drops_its_share_by_seed_and_place_alone():
+    heads = torch.arange(6)
+    whole = dropout_factor(Options(dropout=0.2, seed=3), heads, 50, 60, range(50), range(60))
+    assert set(whole.unique().tolist()) == {0.0, 1.25}
+    # 18,000 weights: the share's standard deviation is 0.003
+    assert abs((whole == 0).double().mean() - 0.2) < 0.012
+    part = dropout_factor(Options(dropout=0.2, seed=3), heads[2:4], 50, 60, range(7, 30), range(11, 60))
+    assert torch.equal(part, whole[2:4, 7:30, 11:60])
+    other = dropout_factor(Options(dropout=0.2, seed=4), heads, 50, 60, range(50), range(60))
+    both = ((whole == 0) & (other == 0)).double().mean()
+    assert abs(both - 0.04) < 0.006  # independent of another seed
+    assert abs(((whole[0] == 0) & (whole[1] == 0)).double().mean() - 0.04) < 0.015  # and of another head
+
+
+# --- the softmax in blocks ------------------------------------------------------------------
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_online_softmax_matches_torch(block):
+    row = torch.randn(23, dtype=torch.float64) * 100
+    torch.testing.assert_close(online_softmax(row, block), row.softmax(0), atol=1e-14, rtol=1e-12)
+
+
+def test_softmax_of_a_concatenation_is_a_rescaled_concatenation():
+    x, y = torch.randn(3, 5, dtype=torch.float64) * 50, torch.randn(3, 4, dtype=torch.float64) * 50
+    torch.testing.assert_close(softmax_of_concatenation(x, y), torch.cat((x, y), -1).softmax(-1), atol=1e-14, rtol=1e-10)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 9])
+def test_merged_halves_match_the_whole_with_gradients(cut):
+    inputs = problem(3, 9)
+
+    def halves(q, k, v):
+        one = flash_attention_with_lse(q, k[:, :, :cut], v[:, :, :cut], False)
+        return merge(*one, *flash_attention_with_lse(q, k[:, :, cut:], v[:, :, cut:], False))
+
+    expected = with_gradients(brute_force, *inputs, is_causal=False)
+    assert_all_close(with_gradients(halves, *inputs), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_merge_of_nothing_and_nothing_is_nothing_with_gradient_zero():
+    o, lse = torch.zeros(2, 3, requires_grad=True), torch.full((2,), -math.inf, requires_grad=True)
+    out, total = merge(o, lse, o, lse)
+    assert (out == 0).all() and (total == -math.inf).all()
+    assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), (o, lse)))
+
+
+def test_backward_of_a_part_with_the_lse_of_the_whole_is_its_share():
+    """What ring attention does: every part's keys, the output and lse of all."""
+    q, k, v, grad_out, _ = problem(4, 12)
+    options = Options(is_causal=False)
+    out, lse = tiled_forward(q, k, v, options)
+    whole = tiled_backward(grad_out, q, k, v, out, lse, options)
+    parts = [tiled_backward(grad_out, q, k[:, :, a:b], v[:, :, a:b], out, lse, options) for a, b in ((0, 5), (5, 12))]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0])
+    for i in (1, 2):
+        torch.testing.assert_close(torch.cat((parts[0][i], parts[1][i]), 2), whole[i])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 40])
+@pytest.mark.parametrize("T, S", [(1, 17), (4, 17), (6, 6), (1, 0)])
+def test_split_kv_decoding_matches_one_piece(T, S, splits):
+    q, k, v, *_ = problem(T, S)
+    expected, _ = brute_force(q, k, v)
+    torch.testing.assert_close(split_kv_attention(q, k, v, splits), expected, atol=1e-12, rtol=1e-12)
+
+
+# --- memory and traffic ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("T, S, tile", [(64, 64, (16, 16)), (50, 70, (16, 8)), (1, 33, (16, 16)), (70, 50, (16, 32))])
+def test_counted_traffic_equals_the_formula(T, S, tile, is_causal):
+    q, k, v, *_ = problem(T, S, 1, 1, B=1, dtype=torch.float32)
+    traffic = []
+    tiled_forward(q, k, v, Options(is_causal), tile, traffic)
+    assert sum(traffic) == tiled_traffic(T, S, 8, tile, is_causal)
+
+
+def test_traffic_is_quadratic_naively_and_falls_with_fast_memory():
+    assert naive_traffic(2048, 2048, 64) / naive_traffic(1024, 1024, 64) == pytest.approx(4, rel=0.1)
+    moved = [tiled_traffic(4096, 4096, 64, (tile_size(M, 64),) * 2, False) for M in (64 * 1024, 256 * 1024)]
+    assert naive_traffic(4096, 4096, 64) > 1.4 * moved[0] and moved[0] > 2 * moved[1]
+
+
+@pytest.mark.parametrize("M, Dh", [(48 * 1024, 64), (192 * 1024, 64), (192 * 1024, 128), (10**6, 16)])
+def test_tile_size_is_the_largest_that_fits(M, Dh):
+    rows = tile_size(M, Dh)
+    assert rows % 16 == 0
+    assert 4 * (4 * rows * Dh + rows * rows) <= M < 4 * (4 * (rows + 16) * Dh + (rows + 16) ** 2)
+
+
+def test_hidden_tiles_are_never_computed(monkeypatch):
+    shapes, bmm = [], torch.bmm
+
+    def counting(a, b, out=None):
+        shapes.append((a.size(1), b.size(2)))
+        return bmm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "bmm", counting)
+    q, k, v, *_ = problem(64, 64, 1, 1, B=1)
+    for options, tiles in ((Options(False), 64), (Options(), 36), (Options(window=8), 15), (Options(False, window=8), 22),
+                           (Options(False, ids=torch.arange(64)[None] // 16), 16)):
+        shapes.clear()
+        tiled_forward(q, k, v, options, (8, 8))
+        assert len(shapes) == tiles, options
+
+
+def test_what_is_saved_is_the_inputs_the_output_and_one_lse():
+    q, k, v, *_ = (x.float().requires_grad_() for x in problem(6, 6))
+    for backend in ("tiled", "auto"):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            out, lse = flash_attention_with_lse(q, k, v, backend=backend)
+        assert sorted(x.data_ptr() for x in saved) == sorted(x.data_ptr() for x in (q, k, v, out, lse))
+        assert lse.dtype == torch.float32 and lse.shape == (2, 4, 6)
+
+
+def test_extra_memory_grows_linearly():
+    def peak(T, method):
+        q, k, v, *_ = (x.requires_grad_() for x in problem(T, T, 2, 2, 16, B=1, dtype=torch.float32))
+        return peak_extra_bytes(lambda: method(q, k, v).sum().backward(), "cpu")
+
+    tiled = [peak(T, lambda *x: flash_attention(*x, backend="tiled")) for T in (1024, 2048)]
+    naive = [peak(T, lambda *x: naive_attention_with_lse(*x)[0]) for T in (512, 1024)]
+    assert tiled[1] < 2.1 * tiled[0] and naive[1] > 3.5 * naive[0]
+
+
+# --- torch's kernels ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("T, S", [(20, 20), (1, 20), (6, 20), (20, 6)])
+def test_torchs_cpu_kernel_matches_the_tiles(T, S, is_causal, dtype):
+    inputs = problem(T, S, Dh=16, dtype=dtype)
+    zero = torch.zeros_like(inputs[4])
+    found = with_gradients(lambda *x: flash_attention_with_lse(*x, is_causal, backend="cpu"), *inputs[:4], zero)
+    expected = with_gradients(lambda *x: flash_attention_with_lse(*x, is_causal, backend="tiled"), *inputs[:4], zero)
+    # bf16: each is rounded at 2^-8, to values of up to 4
+    assert_all_close(found, expected, atol=1e-5 if dtype == torch.float32 else 0.06, rtol=0.02)
+
+
+def test_auto_takes_torchs_kernel_where_it_can_and_tiles_where_it_must(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(flash_attn._FlashAttention, "apply", lambda *x: chosen.append(x[-1]) or (x[0], x[0]))
+    q, k, v, *_ = problem(4, 4)
+    for options in ({}, {"is_causal": False}, {"window": 2}, {"soft_cap": 1.0}, {"dropout": 0.1}, {"scale": 0.3},
+                    {"scale": -0.3}, {"scale": 0.0}):
+        flash_attention(q, k, v, **options)
+    flash_attention(q[:, :, :0], k, v)
+    assert chosen == ["cpu", "cpu", "tiled", "tiled", "tiled", "cpu", "tiled", "tiled", "tiled"]
+
+
+def test_our_cuda_kernel_asked_for_without_a_gpu_falls_back():
+    q, k, v, *_ = problem(5, 5, dtype=torch.float32)
+    works.cache_clear()
+    with pytest.warns(UserWarning, match="our CUDA kernel is not used on cpu .* it runs on cuda") as warned:
+        found = [flash_attention(q, k, v, backend="own") for _ in range(2)]
+    assert len(warned) == 1
+    torch.testing.assert_close(found[1], flash_attention(q, k, v, backend="tiled"))
+
+
+def test_random_numbers_of_the_caller_are_left_alone():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    works.cache_clear()
+    flash_attention(*problem(5, 5)[:3])
+    flash_attention(*problem(5, 5)[:3], dropout=0.5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_without_attention_kernels_it_computes_in_tiles_and_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "attention_kernels", None)  # as if the file were not there
+    flash_attn._warn_once.cache_clear()
+    q, k, v, grad_out, _ = problem(5, 5)
+    q.requires_grad_()
+    expected = flash_attention(q, k, v, backend="tiled")
+    with pytest.warns(UserWarning, match="attention_kernels.py is not beside flash_attn.py") as warned:
+        found = [flash_attention(q, k, v) for _ in range(3)]
+    assert len(warned) == 1 and torch.equal(found[2], expected)
+    assert torch.equal(*(torch.autograd.grad(x, q, grad_out)[0] for x in (found[0], expected)))
+    with pytest.raises(ValueError, match="'flash' needs attention_kernels.py beside flash_attn.py"):
+        flash_attention(q, k, v, backend="flash")
+
+
+# --- in use ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_gpt_trains_to_the_same_losses(backend):
+    from gpt import GPT, GPTConfig, attention, next_token_loss
+    config = GPTConfig(vocab_size=31, context=16, n_layers=2, n_heads=2, d_model=16)
+
+    def losses(attention):
+        generator = torch.Generator().manual_seed(0)
+        model = GPT(config, attention=attention, generator=generator)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(6):
+            tokens = torch.randint(31, (4, 17), generator=generator)
+            loss = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    ours = lambda q, k, v, is_causal: flash_attention(q, k, v, is_causal, backend=backend)
+    assert list(losses(ours)) == pytest.approx(list(losses(attention)), abs=1e-5)  # fp32, 6 steps of growing apart
+
+
+def test_gpt_decodes_with_a_cache():
+    from gpt import GPT, GPTConfig
+    model = GPT(GPTConfig(vocab_size=31, context=16, n_layers=2, n_heads=2, d_model=16), flash_attention).eval()
+    tokens = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(2, 12)
+    with torch.no_grad():
+        cached = torch.cat([model(tokens[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 9), (9, 12))], 1)
+        torch.testing.assert_close(cached, model(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_strided_inputs_and_expanded_gradients_are_welcome():
+    qkv = torch.randn(2, 6, 3, 3, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv.permute(3, 0, 2, 1, 4)  # as GPT cuts them
+    expected = torch.autograd.grad(brute_force(*(x.contiguous() for x in (q, k, v)))[0].sum(), qkv)
+    for backend in ("tiled", "cpu"):
+        found = torch.autograd.grad(flash_attention(q, k, v, backend=backend).sum(), qkv)
+        assert_all_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_autocast_does_not_round_the_sums():
+    q, k, v, *_ = problem(8, 8, dtype=torch.float32)
+    expected = flash_attention(q, k, v, backend="tiled")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flash_attention(q, k, v, backend="tiled"), expected)
+
+
+def test_a_bias_of_the_smallest_float_on_all_keys_matches_torch():
+    """How some models hide padding: no key of a row that is all padding stands out, so it averages them."""
+    q, k, v, *_ = problem(4, 6, dtype=torch.float32)
+    bias = torch.full((1, 1, 4, 6), torch.finfo(torch.float32).min)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+    for found in (flash_attention(q, k, v, False, bias=bias), naive_attention_with_lse(q, k, v, False, bias=bias)[0]):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**30, 2**64 + 1])
+def test_any_integer_is_a_seed(seed):
+    heads = torch.arange(4)
+    found, other = (dropout_factor(Options(dropout=0.5, seed=x), heads, 40, 40, range(40), range(40)) for x in (seed, 7))
+    assert abs((found == 0).double().mean() - 0.5) < 0.03 and not torch.equal(found, other)  # 6 deviations
+
+
+def test_compiled_is_the_same():
+    q, k, v, *_ = problem(6, 6, dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: flash_attention(q, k, v) * 2, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v) * 2)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.testing.assert_close(torch.autograd.grad(compiled(*leaves).sum(), leaves),
+                               torch.autograd.grad(flash_attention(*leaves).sum() * 2, leaves))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"q": torch.zeros(2, 4, 3)}, r"needs q \(B, H, T, Dh\).* got q \(2, 4, 3\)"),
+    ({"v": torch.zeros(2, 2, 5, 8)}, r"v \(2, 2, 5, 8\)"),
+    ({"q": torch.zeros(1, 4, 3, 8)}, r"q \(1, 4, 3, 8\), k \(2, 2, 6, 8\)"),
+    ({"q": torch.zeros(2, 3, 3, 8)}, r"Hkv must divide H.* q \(2, 3, 3, 8\)"),
+    ({"q": torch.zeros(2, 4, 3, 8).double()}, "float64, torch.float32"),
+    ({name: torch.zeros(2, 2, 6, 8).long() for name in "qkv"}, "fp32, bf16, fp16 or float64, got torch.int64"),
+    ({"k": torch.zeros(2, 2, 6, 8, device="meta")}, "q is on cpu, k on meta"),
+    ({"backend": "fast"}, "backend must be auto, tiled, .* got 'fast'"),
+    ({"backend": "flash"}, "'flash' does not work here for torch.float32, Dh = 8 on cpu"),
+    ({"backend": "cpu", "window": 3}, "'cpu' knows no window"),
+    ({"window": 0}, "window must be an integer of at least 1, got 0"), ({"window": 2.5}, "integer .* got 2.5"),
+    ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+    ({"ids": torch.zeros(2, 3)}, r"\(2, 6\) positions .* got \(2, 3\)"),
+    ({"bias": torch.zeros(6, 6)}, r"\(2, 4, 3, 6\), got \(6, 6\)"),
+    ({"bias": torch.zeros(1, 2, 3, 6)}, r"got \(1, 2, 3, 6\)"),
+    ({"bias": torch.ones(1, 1, 3, 6, dtype=torch.bool)}, "must be a float .* got torch.bool"),
+    ({"soft_cap": 0.0}, "soft_cap must be positive and finite, got 0.0"), ({"soft_cap": math.inf}, "got inf"),
+    ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0")])
+def test_bad_input_is_refused(changes, message):
+    inputs = {"q": torch.zeros(2, 4, 3, 8), "k": torch.zeros(2, 2, 6, 8), "v": torch.zeros(2, 2, 6, 8)}
+    with pytest.raises(ValueError, match=message):
+        flash_attention(**(inputs | changes))
+
+
+def test_merge_splits_and_tile_size_refuse_what_cannot_be():
+    o, lse = torch.zeros(2, 3), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"\(2, 3\), \(2,\) and \(3, 3\), \(2,\)"):
+        merge(o, lse, torch.zeros(3, 3), lse)
+    with pytest.raises(ValueError, match="splits must be at least 1, got 0"):
+        split_kv_attention(*problem(1, 5)[:3], splits=0)
+    with pytest.raises(ValueError, match="takes soft_cap, scale and backend, got dropout, window"):
+        split_kv_attention(*problem(1, 5)[:3], splits=2, window=3, dropout=0.1)
+    with pytest.raises(ValueError, match="1000 bytes hold no tile"):
+        tile_size(1000, 64)
+
+
+# --- the program ----------------------------------------------------------------------------
+
+def run_demo(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["flash_attn.py", "--lengths", "32", "64", *arguments])
+    runpy.run_path(flash_attn.__file__, run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_demo_counts_compares_and_draws(monkeypatch, capsys, tmp_path):
+    picture = tmp_path / "attention.png"
+    out = run_demo(monkeypatch, capsys, "--plot", str(picture), "--heads", "3", "--head_width", "16", "--dtype", "bfloat16")
+    assert re.search(r"counted = formula: True;   max \|tiled - torch\| = \S+ of the largest \(OK", out.splitlines()[-1])
+    assert picture.stat().st_size > 1000 and "(1, 3, T, 16), causal, bfloat16" in out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--heads", "0"], "--lengths, --heads and --head_width must be at least 1"), (["--head_width", "x"], "invalid int"),
+    (["--head_width", "5000"], "hold no tile of 16 rows of width 5000")])
+def test_demo_refuses_in_one_line(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        run_demo(monkeypatch, capsys, *arguments)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and message in errors and errors.count("\n") == 1
