@@ -53,7 +53,7 @@ def random_peer(folder, kind="Llama", seed=0, std=0.3, **changes):
     return model
 
 
-def same(a, b, tolerance=1e-5):  # fp32, logits of order 10
+def assert_same(a, b, tolerance=1e-5):  # fp32, logits of order 10
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
@@ -69,19 +69,19 @@ def test_logits_and_gradients_match_transformers(tmp_path, kind, changes):
     ours = Llama.from_pretrained(tmp_path)
     x = tokens_of(2, 20)
     a, b = ours(x), theirs(x).logits
-    same(a, b)
+    assert_same(a, b)
     next_token_loss(a[:, :-1], x[:, 1:]).backward()
     theirs(x, labels=x).loss.backward()
     layer = theirs.model.layers[0]
-    same(ours.token_embedding.weight.grad, theirs.model.embed_tokens.weight.grad)
-    same(ours.blocks[0].mlp.up.weight.grad, layer.mlp.up_proj.weight.grad)
-    same(ours.blocks[0].attention.v.weight.grad, layer.self_attn.v_proj.weight.grad)
-    same(ours.blocks[0].norm2.gain.grad, layer.post_attention_layernorm.weight.grad)
+    assert_same(ours.token_embedding.weight.grad, theirs.model.embed_tokens.weight.grad)
+    assert_same(ours.blocks[0].mlp.up.weight.grad, layer.mlp.up_proj.weight.grad)
+    assert_same(ours.blocks[0].attention.v.weight.grad, layer.self_attn.v_proj.weight.grad)
+    assert_same(ours.blocks[0].norm2.gain.grad, layer.post_attention_layernorm.weight.grad)
 
 
 def test_logits_match_transformers_in_float64(tmp_path):
     theirs, x = random_peer(tmp_path).double(), tokens_of(2, 24)
-    same(Llama.from_pretrained(tmp_path).double()(x), theirs(x).logits, 1e-12)
+    assert_same(Llama.from_pretrained(tmp_path).double()(x), theirs(x).logits, 1e-12)
 
 
 def test_long_scaled_positions_match_transformers_with_and_without_cache(tmp_path):
@@ -92,12 +92,12 @@ def test_long_scaled_positions_match_transformers_with_and_without_cache(tmp_pat
         cache = ours.new_cache(1, 8500)
         a, b = ours(x), theirs(x).logits
         cached = torch.cat([ours(part, cache) for part in x.split((8400, 99, 1), 1)], 1)
-        same(a, b)
-        same(cached, b)
+        assert_same(a, b)
+        assert_same(cached, b)
         # and at the far end of the context, where nothing but the angles is different
         start = 131072 - 9
         y = ours.head(ours.blocks[0](ours.embed(x[:, :9], start), start))
-        same(y, theirs(x[:, :9], position_ids=torch.arange(start, start + 9)[None]).logits)
+        assert_same(y, theirs(x[:, :9], position_ids=torch.arange(start, start + 9)[None]).logits)
 
 
 @pytest.mark.parametrize("kind, changes", [("Llama", {}), ("Mistral", dict(sliding_window=5))])
@@ -173,7 +173,7 @@ def test_a_model_with_another_attention_is_the_same_model():
     def expanded(q, k, v, is_causal=True):
         return naive_attention(q, *(y.repeat_interleave(q.size(1) // y.size(1), 1) for y in (k, v)), is_causal)
     a, b = (Llama(TINY, f, generator=torch.Generator().manual_seed(0)) for f in (attention, expanded))
-    same(a(tokens_of(2, 10)), b(tokens_of(2, 10)))
+    assert_same(a(tokens_of(2, 10)), b(tokens_of(2, 10)))
 
 
 @pytest.mark.parametrize("changes", [{}, dict(n_kv_heads=1), dict(n_kv_heads=4), dict(window=5)])
@@ -183,7 +183,7 @@ def test_cached_logits_match_uncached(pieces, changes):
     cache = model.new_cache(3, 24)
     assert cache.layers[0].k.shape == (3, model.config.n_kv_heads, 24, 8)
     parts = [model(piece, cache) for piece in x.split(pieces, 1)]
-    same(torch.cat(parts, 1), model(x), 1e-5)  # RMSNorm's statistics are fp32 in any model
+    assert_same(torch.cat(parts, 1), model(x), 1e-5)  # RMSNorm's statistics are fp32 in any model
 
 
 @pytest.mark.parametrize("changes", [{}, dict(window=4)])
@@ -199,10 +199,10 @@ def test_padded_rows_match_rows_alone(changes):
     third = model(torch.cat([rows[2][:, -1:], rows[0][:, -1:]]), cache)[:, -1]
     for i, row in enumerate(rows):
         alone = model(row)[0]
-        same(first[i], alone[-3])
-        same(second[i], alone[-2])
-    same(third[1], model(rows[0])[0, -1])
-    same(third[0], model(rows[2])[0, -1])
+        assert_same(first[i], alone[-3])
+        assert_same(second[i], alone[-2])
+    assert_same(third[1], model(rows[0])[0, -1])
+    assert_same(third[0], model(rows[2])[0, -1])
 
 
 @pytest.mark.parametrize("changes", [{}, dict(window=4)])

@@ -57,7 +57,7 @@ def gradients(module, x):
     return [y, x.grad, router.grad] + [p.grad for p in module.parameters() if p is not router and p.requires_grad]
 
 
-def same(a, b, tolerance=1e-5):
+def assert_same(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
@@ -83,13 +83,13 @@ def test_llama_of_experts_matches_transformers_both_ways(tmp_path, kind, changes
     theirs, x = random_peer(tmp_path / "theirs", kind, **changes), tokens_of(2, 15)
     ours = Llama.from_pretrained(tmp_path / "theirs", mlp=experts_of(tmp_path / "theirs"))
     a, b = ours(x), theirs(x).logits
-    same(a, b)
+    assert_same(a, b)
     next_token_loss(a[:, :-1], x[:, 1:]).backward()
     theirs(x, labels=x).loss.backward()
     experts = theirs.model.layers[0].mlp
-    same(ours.blocks[0].mlp.gate_up.grad, experts.experts.gate_up_proj.grad)
-    same(ours.blocks[0].mlp.down.grad, experts.experts.down_proj.grad)
-    same(ours.blocks[0].mlp.router.weight.grad, experts.gate.weight.grad)
+    assert_same(ours.blocks[0].mlp.gate_up.grad, experts.experts.gate_up_proj.grad)
+    assert_same(ours.blocks[0].mlp.down.grad, experts.experts.down_proj.grad)
+    assert_same(ours.blocks[0].mlp.router.weight.grad, experts.gate.weight.grad)
     ours.save_pretrained(tmp_path / "ours")
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and type(again) is type(theirs)
@@ -117,7 +117,7 @@ def test_deepseek_routing_with_shared_experts_matches_transformers():
             mine.copy_(other)
     x = torch.randn(2, 9, 16, generator=generator(1))
     for a, b in zip(gradients(ours, x)[:3], gradients(theirs, x)[:3]):  # output, input, router
-        same(a, b)
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -126,13 +126,13 @@ def test_losses_match_transformers_and_torch(k):
     logits = torch.randn(20, 5, dtype=torch.float64, generator=generator(), requires_grad=True)
     _, p, chosen = choose(logits, k, "softmax_before")
     ours, theirs = load_balancing_loss(p, chosen), load_balancing_loss_func((logits,), 5, k)
-    same(ours, theirs.double(), 1e-6)  # theirs sums in fp32
-    same(torch.autograd.grad(ours, logits)[0], torch.autograd.grad(theirs, logits)[0], 1e-6)
+    assert_same(ours, theirs.double(), 1e-6)  # theirs sums in fp32
+    assert_same(torch.autograd.grad(ours, logits)[0], torch.autograd.grad(theirs, logits)[0], 1e-6)
     by_sequence = load_balancing_loss(p.view(4, 5, 5), chosen.view(4, 5, k))
     alone = [load_balancing_loss(*choose(part, k, "softmax_before")[1:]) for part in logits.split(5)]
-    same(by_sequence, sum(alone) / 4, 1e-12)
+    assert_same(by_sequence, sum(alone) / 4, 1e-12)
     expected = torch.stack([row.exp().sum().log() ** 2 for row in logits]).mean()
-    same(router_z_loss(logits), expected, 1e-12)
+    assert_same(router_z_loss(logits), expected, 1e-12)
 
 
 def test_balancing_loss_is_k_when_even_and_e_when_one_expert_takes_all():
@@ -175,7 +175,7 @@ def test_routing_matches_brute_force(router, k):
     found = {(n, e): w for n, e, w in zip(*(a.tolist() for a in assigned))}
     assert found.keys() == expected.keys() and len(assigned.token) == len(expected)
     assert all(found[key] == pytest.approx(expected[key], abs=1e-12) for key in expected)
-    same(p.sum(-1), torch.ones(N, dtype=p.dtype), 1e-12)
+    assert_same(p.sum(-1), torch.ones(N, dtype=p.dtype), 1e-12)
 
 
 @pytest.mark.parametrize("capacity_factor", [0.3, 0.8, 1.0, 1.7, 10.0])
@@ -214,14 +214,14 @@ def test_grouped_matches_naive_with_gradients(router, k, options):
     x = torch.randn(2, 5, 8, dtype=torch.float64, generator=generator())
     results = [gradients(layer(router, k, compute=compute, **options), x) for compute in (naive_experts, grouped_experts)]
     for a, b in zip(*results):
-        same(a, b, 1e-12)
+        assert_same(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("D, Dff", [(8, 12), (7, 5)])  # torch's grouped product takes the first, a loop the second
 def test_grouped_matches_naive_in_fp32(D, Dff):
     x = torch.randn(30, D, generator=generator())
     for a, b in zip(*(gradients(layer(D=D, Dff=Dff, E=9, compute=f).float(), x) for f in (naive_experts, grouped_experts))):
-        same(a, b)
+        assert_same(a, b)
 
 
 def test_experts_that_nobody_visits_get_zero_gradients_and_no_visit_at_all_is_zero():
@@ -270,11 +270,11 @@ def test_expert_parallel_matches_one_process(P, router, lengths):
     (y * w).sum().backward()
     found = run_ranks(P, on_ranks, whole, x.split(lengths), w.split(lengths))
     assert all(result[5] == 12 // P for result in found)
-    same(torch.cat([result[0] for result in found]), y.detach(), 1e-12)
-    same(torch.cat([result[1] for result in found]), rows.grad, 1e-12)
-    same(sum(result[2] for result in found), one.router.weight.grad, 1e-12)  # a parameter that all share
-    same(torch.cat([result[3] for result in found]), one.gate_up.grad, 1e-12)
-    same(torch.cat([result[4] for result in found]), one.down.grad, 1e-12)
+    assert_same(torch.cat([result[0] for result in found]), y.detach(), 1e-12)
+    assert_same(torch.cat([result[1] for result in found]), rows.grad, 1e-12)
+    assert_same(sum(result[2] for result in found), one.router.weight.grad, 1e-12)  # a parameter that all share
+    assert_same(torch.cat([result[3] for result in found]), one.gate_up.grad, 1e-12)
+    assert_same(torch.cat([result[4] for result in found]), one.down.grad, 1e-12)
 
 
 def train_expert_parallel(rank, state, batches):
@@ -351,7 +351,7 @@ def test_auxiliary_losses_are_the_same_under_accumulation_and_data_parallelism(P
     assert expected.sum() == 2 * 2 * 32  # layers, experts per token, tokens
     for found, counts in run_ranks(P, part):
         for a, b in zip(found, one.parameters()):
-            same(a, b.grad, 1e-6)  # RMSNorm's statistics are fp32
+            assert_same(a, b.grad, 1e-6)  # RMSNorm's statistics are fp32
         assert torch.equal(counts, expected)
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_llama import LONG, random_peer, same, tiny, tokens_of
+from test_llama import LONG, assert_same, random_peer, tiny, tokens_of
 
 import weights
 from llama import Llama, LlamaConfig, swiglu_width
@@ -28,7 +28,7 @@ def test_transformers_loads_what_we_save(tmp_path, changes):
     assert (theirs.config.eos_token_id, theirs.config.bos_token_id) == (60, 59)
     assert type(theirs).__name__ == ("MistralForCausalLM" if "window" in changes else "LlamaForCausalLM")
     x = tokens_of(2, 20)
-    same(ours(x), theirs.eval()(x).logits)
+    assert_same(ours(x), theirs.eval()(x).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,7 +52,7 @@ def test_sharded_weights_with_an_index_are_read(tmp_path):
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
     x = tokens_of(1, 5)
-    same(Llama.from_pretrained(tmp_path / "shards")(x), theirs(x).logits)
+    assert_same(Llama.from_pretrained(tmp_path / "shards")(x), theirs(x).logits)
 
 
 def test_a_tied_head_that_is_stored_too_must_be_the_embedding(tmp_path):
@@ -102,7 +102,7 @@ def test_metas_files_hugging_faces_and_ours_are_one_model(tmp_path, shards, voca
     assert again.config == ours.config
     assert torch.equal(again(x), ours(x))
     again.save_pretrained(tmp_path / "theirs")
-    same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")(x).logits, ours(x))
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")(x).logits, ours(x))
 
 
 def test_params_that_meta_leaves_out_are_derived(tmp_path):
