@@ -163,7 +163,8 @@ def test_fine_tuning_follows_its_seed_and_takes_fewer_rows_than_a_batch():
 
 # --- tasks ----------------------------------------------------------------------------------
 
-TEXTS = ["Too short.\n\n" + "\n\n".join(f"{verb} the {noun} of a {kind} object, if there is one, or None. The other {noun} is left alone by {name}() in this case."
+TEXTS = ["Too short.\n\n" + "\n\n".join(f"{verb} the {noun} of a {kind} object, if there is one, or None. "
+                                           f"The other {noun} is left alone by {name}() in this case."
                      for noun in ("name", "size", "item", "owner", "path", "time", "mode", "kind", "date", "root", "link", "rest", "state"))
          for verb, kind, name in (("Return", "file", "open"), ("Print", "lock", "wait"), ("Send", "mail", "post"))]
 
