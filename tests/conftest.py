@@ -1,6 +1,6 @@
-"""Shared by all tests: the import path, one thread per process, and two ways to run P ranks.
+"""Shared by all tests: the import path, one thread per process, two ways to run P ranks, one to run a program.
 
-    from conftest import run_ranks, spawn_ranks
+    from conftest import run_program, run_ranks, spawn_ranks
 
     run_ranks(4, fn, *args)      ranks are threads of this process: 0.1 s, closures allowed.
                                  The default random generator is shared by all threads, so let fn draw from
@@ -10,12 +10,17 @@
 
 Both call fn(rank, *args) on every rank with torch.distributed initialised on gloo, and return the P
 results in rank order. An exception on a rank is raised again here, its message preceded by "rank r: ".
+
+    run_program(["gpt.py", "--steps", "2"])    a file as the main program, in a process that has torch already
 """
 
 import multiprocessing
 import os
 import pickle
+import runpy
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -104,6 +109,45 @@ def run_ranks(P, fn, *args, timeout=60.0):
     return results
 
 
+# --- processes ------------------------------------------------------------------------------
+
+def _context():
+    """A fork server that has imported torch: a fresh process costs 0.1 s, and, unlike a fork of this process, it
+    inherits no thread's lock. Only Unix has it."""
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    if has_server:
+        context.set_forkserver_preload(["torch", "torch._dynamo"])  # every optimizer imports the latter
+    return context
+
+
+def _program(words, folder, outputs):
+    """What ``python words...`` does, its output in files."""
+    for number, path in zip((1, 2), outputs):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # This process began with pytest's own streams: a program has streams of its own.
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.chdir(folder)
+    file = Path(folder, words[0]).resolve()
+    sys.argv, sys.path[0] = list(words), str(file.parent)
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def run_program(words, folder=ROOT, timeout=170.0):
+    """subprocess.run([python, *words], cwd=folder, text and output captured), without the seconds of importing torch."""
+    with tempfile.TemporaryDirectory() as outputs:
+        paths = [os.path.join(outputs, name) for name in ("stdout", "stderr")]
+        process = _context().Process(target=_program, args=([str(word) for word in words], folder, paths))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        texts = [Path(path).read_text() if os.path.exists(path) else "" for path in paths]
+        return subprocess.CompletedProcess(words, process.exitcode, *texts)
+
+
 # --- ranks as processes -----------------------------------------------------------------------
 
 def _process(rank, P, port, timeout, init, call, connection):
@@ -147,12 +191,7 @@ def spawn_ranks(P, fn, *args, timeout=60.0, init=True, return_exceptions=False):
     Raises:
         the exception of the rank that failed first; TimeoutError if a rank is not back in `timeout` seconds.
     """
-    # A fork server that has imported torch: a fresh rank costs 0.1 s, and, unlike a fork of this process, it
-    # inherits no thread's lock. Only Unix has it.
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    if has_server:
-        context.set_forkserver_preload(["torch", "torch._dynamo"])  # every optimizer imports the latter
+    context = _context()
     # Port 0: the system picks a free one, and the store keeps it, so nobody can take it in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((fn, args))

@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_program
 
 TINY = "--n_layers=1 --n_heads=2 --d_model=16 --context=16 --batch_tokens=64 --steps=2 --warmup_steps=0 --samples=1 "
 TEXT = "{tmp}/my/text.txt"
@@ -130,9 +130,10 @@ def commands_shown():
 
 def run(command):
     words = shlex.split(command)
-    start = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else [sys.executable]
-    return subprocess.run([*start, *words[1:]], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=170)
+    if words[0] == "python":
+        return run_program(words[1:])
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=ROOT, capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=170)
 
 
 @pytest.fixture(scope="module")
