@@ -251,9 +251,13 @@ class Saving:
     def failed(self) -> bool:
         return self._error is not None
 
+    def join(self) -> None:
+        """Until it has ended, well or not."""
+        self._thread.join()
+
     def wait(self) -> Path:
         """Until it is written; returns its path. Raises what ``save`` raises."""
-        self._thread.join()
+        self.join()
         if self._error is not None:
             raise self._error
         return self._path

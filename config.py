@@ -72,7 +72,17 @@ class TrainConfig:
     device: str | None = setting(None, "cpu, cuda or mps; derived: the best that is here")
     precision: str | None = setting(None, "of forward and backward; derived: bf16 where the hardware multiplies it",
                                     ("fp32", "bf16"))
-    dp: int | None = setting(None, "data-parallel processes; derived: all of them", least=1)
+    dp: int | None = setting(None, "data-parallel processes; derived: processes / (tp pp cp ep)", least=1)
+    tp: int = setting(1, "tensor-parallel processes: they share every matrix", least=1)
+    pp: int = setting(1, "pipeline stages: each has some of the blocks", least=1)
+    cp: int = setting(1, "context-parallel processes: each has a part of every sequence", least=1)
+    ep: int = setting(1, "expert-parallel processes: each has some of a moe's experts", least=1)
+    zero: int = setting(0, "ZeRO: divide optimizer states (1), gradients (2), parameters (3) over dp", (0, 1, 2, 3))
+    offload: bool = setting(False, "ZeRO-Offload: keep those on the CPU, and run the optimizer there")
+    sequence: bool = setting(False, "with tp: divide norms and residuals over the sequence, too")
+    pipeline: str = setting("1f1b", "order of the pipeline's work", ("gpipe", "1f1b", "zb"))
+    recompute: str = setting("none", "activations to compute again in backward instead of keeping them: a block's, "
+                                     "attention's, or none", ("none", "block", "attention"))
     compile: bool = setting(False, "torch.compile the blocks: faster after a minute's wait")
     timeout: int = setting(600, "seconds after which a silent process counts as lost", least=1, below=10**7)
     # the run
@@ -118,7 +128,8 @@ PRESETS = {
 FIXED_BY_CHECKPOINT = ("data", "held_out", "tokenizer", "vocab_size", "model", "context", "n_layers", "n_heads",
                        "n_kv_heads", "d_model", "d_ff", "n_experts", "experts_per_token", "batch_tokens", "seed")
 # What belongs to the machine and the moment: never taken from a checkpoint.
-OF_THE_MACHINE = {"device", "dp", "micro_batch", "compile", "timeout", "out", "resume", "overwrite"}
+OF_THE_MACHINE = {"device", "dp", "tp", "pp", "cp", "ep", "zero", "offload", "sequence", "pipeline", "recompute",
+                  "micro_batch", "compile", "timeout", "out", "resume", "overwrite"}
 
 
 # --- 2. flags -------------------------------------------------------------------------------
@@ -187,6 +198,11 @@ def refuse_meaningless(config: TrainConfig, given: set[str]) -> None:
             ("dropout", c.model == "gpt" or not c.dropout, f"a {c.model} has none"),
             ("decay_steps", c.schedule == "wsd", f"only --schedule=wsd has it, this is {c.schedule}"),
             ("min_lr", c.schedule != "constant", "a constant schedule has no end to go to"),
+            ("ep", c.ep == 1 or c.model == "moe", f"a {c.model} has no experts"),
+            ("sequence", not c.sequence or c.tp > 1, "it divides work over --tp, which is 1"),
+            ("offload", not c.offload or c.zero > 0, "it moves what --zero divides, which is 0"),
+            ("pipeline", c.pp > 1, "--pp=1 is no pipeline"),
+            ("compile", not c.compile or c.pp == c.tp == c.cp == 1 and c.zero == 0, "only data parallelism can be compiled"),
             ("sample_tokens", c.samples > 0, "--samples=0 prints none"),
             ("resume", not (c.resume and c.overwrite), "--overwrite starts again")):
         if name in given and not means_something:
@@ -211,22 +227,29 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
 
     fill("device", device, "the best that is here")
     fill("precision", "bf16" if has_bf16 else "fp32", "bf16 where the hardware multiplies it")
-    fill("dp", processes, "all processes")
-    if c.dp != processes:
-        raise ConfigError(f"--dp={c.dp} needs {c.dp} processes, there are {processes}; "
-                          f"start them by torchrun --nproc_per_node={c.dp}")
+    model_size = c.tp * c.pp * c.cp * c.ep
+    fill("dp", max(1, processes // model_size), "all processes" if model_size == 1 else
+         f"{processes} processes / (tp {c.tp} * pp {c.pp} * cp {c.cp} * ep {c.ep})")
+    if c.dp * model_size != processes:
+        product = f"--dp={c.dp}" if model_size == 1 else \
+            f"dp {c.dp} * tp {c.tp} * pp {c.pp} * cp {c.cp} * ep {c.ep} = {c.dp * model_size}"
+        raise ConfigError(f"{product} needs {c.dp * model_size} processes, there are {processes}; "
+                          f"start them by torchrun --nproc_per_node={c.dp * model_size}")
+    parts = c.dp * c.ep  # of a batch
     sequences, rest = divmod(c.batch_tokens, c.context)
-    if rest or sequences % c.dp:
-        least = c.context * c.dp
+    if rest or sequences % parts:
+        least = c.context * parts
         raise ConfigError(f"--batch_tokens={c.batch_tokens} is no multiple of context * processes = "
-                          f"{c.context} * {c.dp}; the nearest is {max(1, round(c.batch_tokens / least)) * least}")
-    local = sequences // c.dp
+                          f"{c.context} * {parts}; the nearest is {max(1, round(c.batch_tokens / least)) * least}")
+    local = sequences // parts
     most = max(1, 16384 // c.context)  # more tokens a pass make no device busier
-    fill("micro_batch", max(m for m in range(1, min(local, most) + 1) if local % m == 0),
-         f"the largest divisor of a process's {local} sequences with at most 16384 tokens")
+    fewest = min(local, 4 * c.pp) if c.pp > 1 else 1  # a pipeline is idle for (pp - 1) / (microbatches + pp - 1)
+    fill("micro_batch", max(m for m in range(1, min(local, most) + 1) if local % m == 0 and local // m >= fewest),
+         f"the largest divisor of a process's {local} sequences with at most 16384 tokens"
+         + (f" that leaves {fewest} for the pipeline" if c.pp > 1 else ""))
     if local % c.micro_batch:
         raise ConfigError(f"--micro_batch={c.micro_batch} does not divide a process's {local} sequences "
-                          f"(batch_tokens {c.batch_tokens} / context {c.context} / {c.dp} processes)")
+                          f"(batch_tokens {c.batch_tokens} / context {c.context} / {parts} processes)")
     fill("min_lr", c.lr / 10, "lr / 10")
     fill("warmup_steps", c.steps // 20, "steps / 20")
     for name in ("decay_steps", "save_every", "eval_every"):
@@ -241,7 +264,7 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
         raise ConfigError(f"--min_lr={c.min_lr:g} is above --lr={c.lr:g}")
     if c.warmup_steps + (c.decay_steps if c.schedule == "wsd" else 0) > c.steps:
         raise ConfigError(f"--warmup_steps={c.warmup_steps} and the decay do not fit into --steps={c.steps}")
-    notes.append(f"one step = {c.batch_tokens} tokens = {c.dp} processes * {local // c.micro_batch} accumulated "
+    notes.append(f"one step = {c.batch_tokens} tokens = {parts} processes * {local // c.micro_batch} accumulated "
                  f"* {c.micro_batch} sequences * {c.context} tokens")
     return c, notes
 

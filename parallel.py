@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -341,8 +342,11 @@ class Mesh:
     back: dist.ProcessGroup  # the ranks of pp once more, for a pipeline's gradients
 
 
-def mesh(dp: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
+def mesh(dp: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1,
+         timeout: timedelta | None = None) -> Mesh:
     """Every group of a layout, from the world size; every process calls it. ``dp`` None: what the others leave.
+
+    ``timeout``: after which a silent rank counts as lost; None: torch's own, 10 to 30 minutes.
 
     Raises ValueError if the product is not the number of processes, saying it.
     """
@@ -361,7 +365,7 @@ def mesh(dp: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1, ep: int =
         mine = None
         for line in lines.reshape(-1, lines.size(-1)).tolist():
             if again or tuple(line) not in groups:  # every process makes every group, in the same order
-                groups[(*line, "again") if again else tuple(line)] = dist.new_group(line)
+                groups[(*line, "again") if again else tuple(line)] = dist.new_group(line, timeout=timeout)
             if dist.get_rank() in line:
                 mine = groups[(*line, "again") if again else tuple(line)]
         return mine

@@ -174,13 +174,15 @@ class Pipeline:
     def _blocks(self, stage: int) -> tuple[int, int]:
         return self.boundaries[stage], self.boundaries[stage + 1]
 
-    def step(self, tokens: Tensor, targets: Tensor | None, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def step(self, tokens: Tensor, targets: Tensor | None, loss: Callable[[Tensor, Tensor], Tensor],
+             backward: bool = True) -> Tensor:
         """Forward and backward of the whole batch; gradients are added to ``p.grad``. Every rank calls it.
 
         Args:
             tokens: (B, T), M divides B; read on the first rank, the others look at its shape alone.
             targets: (B, T), read on the first rank, which sends them to the last; others may give None.
             loss: (logits (B/M, T, V), targets (B/M, T)) -> scalar, this microbatch's term of the step's loss.
+            backward: False for the loss alone.
 
         Returns:
             the sum of the M terms, the same on every rank.
@@ -199,19 +201,22 @@ class Pipeline:
         self.empty = lambda: torch.empty(shape, dtype=first.dtype, device=first.device)  # (B/M, T, D)
         self.inputs, self.outputs, self.inbox, self.weights = {}, {}, {}, {}
         self.sent = []
-        self.expected = {pair: deque(ops) for pair, ops in self.outgoing.items() if pair[1] == self.rank}
+        self.expected = {pair: deque(op for op in ops if backward or op.kind == "F")
+                         for pair, ops in self.outgoing.items() if pair[1] == self.rank}
         self.posted, self.times = {pair: deque() for pair in self.expected}, []
         self.total, self.most_held = torch.zeros((), dtype=torch.float64, device=first.device), 0
         began = time.perf_counter()
-        for op in self.ranks[self.rank]:
-            self._run(op, began)
+        with torch.set_grad_enabled(backward):
+            for op in self.ranks[self.rank]:
+                if backward or op.kind == "F":
+                    self._run(op, began)
         for work, _, message in self.sent:
             with self._naming(message):
                 work.wait()
         if self.P > 1:
             with self._naming(f"the loss, from rank {self.P - 1},"):
                 dist.broadcast(self.total, self.world[-1], group=self.group)
-        for name in self.tied if self.P > 1 and self.rank in (0, self.P - 1) else ():
+        for name in self.tied if backward and self.P > 1 and self.rank in (0, self.P - 1) else ():
             self._add_other_end(self.model.get_parameter(name).grad)
         return self.total
 
@@ -262,9 +267,9 @@ class Pipeline:
         defer = any(other.kind == "W" for other in self.ranks[self.rank])
         if defer:
             self.weights[key] = []
-        x = None if x is None else x.requires_grad_()
+        x = None if x is None else x.requires_grad_(torch.is_grad_enabled())
         self.inputs[key] = x
-        with _DeferWeights(self.weights[key]) if defer else torch.enable_grad():
+        with _DeferWeights(self.weights[key]) if defer else contextlib.nullcontext():
             y = model.embed(self.tokens[op.microbatch]) if op.stage == 0 else x
             for block in model.blocks[slice(*self._blocks(op.stage))]:
                 y = block(y)

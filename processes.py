@@ -41,6 +41,11 @@ class World:
     device: torch.device = torch.device("cpu")
     patient: dist.ProcessGroup | None = None  # a group that waits for days: for work that one process does for all
 
+    @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        """The group of all processes; None if this is the only one."""
+        return dist.group.WORLD if self.size > 1 else None
+
     def say(self, text: str) -> None:
         """Print on rank 0. That nobody listens any more (a closed pipe) is no reason to stop."""
         if self.rank == 0 and text:

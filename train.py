@@ -2,15 +2,16 @@
 
 Idea      Everything before this file is a part; this is the program. Text is read, split and packed (data.py),
           turned into tokens (tokenizer.py), a model (gpt.py, llama.py, moe.py) is trained on it by all processes
-          (parallel.py), saved so that nothing is ever lost (checkpoint.py), and asked to write (decode.py).
+          in any layout (layout.py), saved so that nothing is ever lost (checkpoint.py), and asked to write (decode.py).
 Formula   loss = -(1/n) sum log p(x_t | x_<t) over ALL n tokens of a step, whoever computed them:
           n = batch_tokens = processes * accumulation * micro_batch * context. The number of processes changes
           who does what, never what is learnt.
 Shapes    a micro-batch: tokens (micro_batch, context) -> logits (micro_batch, context, V)
-Omits     text larger than memory; tensor, pipeline and ZeRO parallelism. With dropout the masks are each
-          process's own, and the number of processes changes them.
+Omits     text larger than memory. With dropout the masks are each data-parallel process's own, and the number of
+          processes changes them.
 Run       python train.py                                           one process
           torchrun --standalone --nproc_per_node=2 train.py         the same run on two
+          torchrun --standalone --nproc_per_node=8 train.py --tp 2 --pp 2 --zero 1
           torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz' --out out/124m
           python train.py --help                                    every setting and its default
 Test      pytest tests/test_train.py
@@ -43,8 +44,8 @@ import checkpoint
 import data
 import decode
 import gpt
+import layout
 import models
-import parallel
 import tokenizer
 from config import (FIXED_BY_CHECKPOINT, OF_THE_MACHINE, ConfigError, TrainConfig, derive, parse,
                     refuse_meaningless)
@@ -146,13 +147,15 @@ def learning_rate(c: TrainConfig, step: int) -> float:
     return c.lr
 
 
-def make_optimizer(model: nn.Module, c: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused where torch has it; decay on matrices, not on biases and norms."""
-    parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": c.weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=fused)
+def make_optimizer(groups: list[dict], c: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), fused where torch has it."""
+    device = next((p.device.type for group in groups for p in group["params"]), "cpu")
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=device in ("cpu", "cuda"))
+
+
+def decay(p: nn.Parameter, c: TrainConfig) -> dict:
+    """The settings of a parameter's group: matrices decay, biases and norms do not."""
+    return {"weight_decay": c.weight_decay if p.dim() >= 2 else 0.0}
 
 
 def pick_attention(device: torch.device, context: int, precision: str) -> Callable:
@@ -162,77 +165,57 @@ def pick_attention(device: torch.device, context: int, precision: str) -> Callab
 
 
 class Trainer:
-    """A model, its optimizer, and the step.
+    """A model on its layout of processes, its optimizer, and the step.
 
-    ``model`` holds the fp32 weights that are optimised and saved. ``working`` is what forward and backward run
-    on: the same module, but for bf16 on a CPU, where it is a copy in bf16 and gradients are summed in fp32
+    In bf16 a GPU computes under autocast; a CPU on a copy of the weights in bf16, and gradients are summed in fp32
     (autocast would convert every weight in every pass, which costs more there than it gains).
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module, world: World):
-        self.config, self.model, self.world = config, model, world
-        self.optimizer = make_optimizer(model, config)
+        self.config, self.world, self.model_sizes = config, world, models.sizes_of(model)
+        # Saving goes on beside training: its messages must not meet those of a step.
+        self.saving_group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world.size > 1 else None
         bf16, device = config.precision == "bf16", world.device.type
-        copied = bf16 and device == "cpu"
-        self.working = copy.deepcopy(model).bfloat16() if copied else model
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=bf16 and not copied)
-        self.dp = parallel.DataParallel(self.working, reduction="sum", grad_dtype=torch.float32 if copied else None)
-        self.accumulation = config.batch_tokens // (config.dp * config.micro_batch * config.context)
-        self.parameters, self.copies = list(model.parameters()), list(self.working.parameters())
+        half = bf16 and device == "cpu"
+        c, sizes = config, sizes_of(config)
+        self.accumulation = c.batch_tokens // (sizes.parts * c.micro_batch * c.context)
+        self.parallel = layout.ParallelModel(
+            model, lambda groups: make_optimizer(groups, c), lambda name, p: decay(p, c), sizes, self.accumulation, half=half,
+            autocast=torch.autocast(device, torch.bfloat16, enabled=bf16 and not half), timeout=c.timeout)
         if config.compile:
             self._compile()
 
-    def update_copies(self) -> None:
-        """Bring the bf16 copies, if there are any, to the values of the weights."""
-        if self.working is not self.model:
-            with torch.no_grad():
-                torch._foreach_copy_(self.copies, self.parameters)
-
     def _compile(self) -> None:
         """Compile each block in place (parameter names stay); whatever goes wrong, the run goes on without."""
-        shape = self.config.micro_batch, self.config.context
+        shape, model = (self.config.micro_batch, self.config.context), self.parallel.model
         tokens = torch.zeros(shape, dtype=torch.long, device=self.world.device)
         try:
-            for block in self.working.blocks:
+            for block in model.blocks:
                 block.compile()
-            with self.autocast, self.dp.no_sync():
-                self.working(tokens).float().sum().backward()
+            self.parallel.gradient([(tokens, tokens)], 1)
         except Exception as error:  # compilers fail in every way there is
             self.world.say(f"--compile failed, going on without: {str(error).splitlines()[0][:100]}")
-            for block in self.working.blocks:
+            for block in model.blocks:
                 block._compiled_call_impl = None
-        self.dp.finish()
-        self.working.zero_grad()
+        self.parallel.zero_grad()
 
     def gradient(self, step: int, windows: data.TokenWindows) -> dict[int, torch.Tensor]:
-        """Forward and backward over this process's share of the step; then every process has the whole gradient.
+        """Forward and backward over this process's share of the step; then every process has its gradient.
 
         Returns:
             first example of each micro-batch -> its part of the mean loss over all ``batch_tokens`` of the step.
         """
-        c, device, losses = self.config, self.world.device, {}
+        c, parallel = self.config, self.parallel
         count = self.accumulation * c.micro_batch
-        first = (step * c.dp + self.world.rank) * count
-        # Dropout depends on (seed, step, rank) alone: a resumed run draws what the unbroken one would have drawn.
-        torch.manual_seed(hash((c.seed, step, self.world.rank)) % 2**63)
-        for start in range(first, first + count, c.micro_batch):
-            inputs, targets = (t.to(device, non_blocking=True) for t in windows.batch(start, c.micro_batch))
-            is_last = start + c.micro_batch == first + count
-            with contextlib.nullcontext() if is_last else self.dp.no_sync():
-                losses[start] = self.loss(inputs, targets) / c.batch_tokens
-                # An auxiliary loss is a mean over this micro-batch: it counts for its share of the step.
-                (losses[start] + models.balancing_loss(self.working) * (targets.numel() / c.batch_tokens)).backward()
-        self.dp.finish()
-        if self.working is not self.model:
-            for p, copied in zip(self.parameters, self.copies):
-                p.grad = self.dp.gradient(copied)
-        return {start: loss.detach() for start, loss in losses.items()}
+        first = (step * parallel.sizes.parts + parallel.part) * count
+        # Dropout depends on (seed, step, part) alone: a resumed run draws what the unbroken one would have drawn.
+        torch.manual_seed(hash((c.seed, step, parallel.seed_part)) % 2**63)
+        starts = range(first, first + count, c.micro_batch)
+        batches = (self._batch(windows, start, c.micro_batch) for start in starts)
+        return dict(zip(starts, parallel.gradient(batches, c.batch_tokens, models.balancing_loss)))
 
-    def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """-log p(targets | inputs) in nats, summed over all (B, T) of them, in fp32 -> scalar."""
-        with self.autocast:
-            logits = self.working(inputs)  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    def _batch(self, windows: data.TokenWindows, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(t.to(self.world.device, non_blocking=True) for t in windows.batch(start, size))
 
     def step(self, step: int, windows: data.TokenWindows, stop: bool = False) -> dict:
         """One optimizer step, if its loss and gradient are finite.
@@ -243,17 +226,15 @@ class Trainer:
         """
         c, lr, began = self.config, learning_rate(self.config, step), time.perf_counter()
         losses = self.gradient(step, windows)
-        norm = nn.utils.clip_grad_norm_(self.parameters, c.clip if c.clip > 0 else math.inf).item()
-        loss, stops = self.world.sum([sum(losses.values()).item(), float(stop)])
+        norm = self.parallel.clip(c.clip if c.clip > 0 else math.inf)
+        mine = sum(loss.item() for loss in losses.values()) * self.parallel.counts
+        loss, stops = self.world.sum([mine, float(stop)])
         bad = None
         if math.isfinite(loss) and math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.update_copies()
+            self.parallel.step(lr)
         else:
             bad = self._where(losses)
-        self.model.zero_grad()
+        self.parallel.zero_grad()
         return {"loss": loss, "grad_norm": norm, "lr": lr, "stop": stops > 0, "bad": bad,
                 "seconds": time.perf_counter() - began}
 
@@ -262,21 +243,27 @@ class Trainer:
         mine = next((start for start, loss in losses.items() if not loss.isfinite()), None)
         for rank, start in enumerate(self.world.gather(mine)):
             if start is not None:
-                last = start + self.config.micro_batch - 1
+                last = start + self.config.micro_batch * (self.accumulation if self.config.pp > 1 else 1) - 1
                 return f"the loss is not finite on rank {rank}, examples {start} to {last}"
         return "the loss is finite, but the gradient is not"
 
-    @torch.no_grad()
     def evaluate(self, windows: data.TokenWindows) -> float:
-        """Mean loss on the first ``eval_tokens`` held-out tokens, every process its part, in nats per token."""
-        count = min(len(windows), max(1, self.config.eval_tokens // windows.context))
-        size, total = self.config.micro_batch, 0.0
-        self.working.eval()
-        for start in range(0, count, size)[self.world.rank::self.world.size]:
-            batch = windows.batch(start, min(size, count - start))
-            total += self.loss(*(t.to(self.world.device) for t in batch)).item()
-        self.working.train()
-        return self.world.sum([total])[0] / (count * windows.context)
+        """Mean loss on the first ``eval_tokens`` held-out tokens, every part its share, in nats per token."""
+        c, parallel = self.config, self.parallel
+        count = min(len(windows), max(1, c.eval_tokens // windows.context))
+        size = c.micro_batch * (self.accumulation if c.pp > 1 else 1)
+        parts, total = parallel.sizes.parts, 0.0
+        for start in range(parallel.part * size, count + parallel.part * size, parts * size):
+            # All take part equally often, in batches of one size; what lies behind the end does not count.
+            inputs, targets = self._batch(windows, start, size)
+            targets[max(0, count - start):] = -1
+            total += parallel.evaluate(inputs, targets)
+        return self.world.sum([total * parallel.counts])[0] / (count * windows.context)
+
+
+def sizes_of(c: TrainConfig) -> layout.Sizes:
+    """The layout that a run's settings ask for."""
+    return layout.Sizes(c.dp or 1, c.tp, c.pp, c.cp, c.ep, c.zero, c.offload, c.sequence, c.pipeline)
 
 
 # --- 3. the run -----------------------------------------------------------------------------
@@ -364,13 +351,17 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     corpus = prepare(c, world, resumed)
     try:
         sizes = models.describe(c, corpus.encoding.n_vocab)
-    except ValueError as error:  # heads, widths
+        layout.check(sizes_of(c), c.model, sizes, c.context)
+    except ValueError as error:  # heads, widths, ranks
         raise ConfigError(str(error)) from None
     N, active, flops = models.parameters_and_flops(c.model, sizes)
-    needed = 16 * N  # fp32 weight, gradient and AdamW's two moments
+    if c.recompute != "none":
+        world.say(layout.recompute_note(c.model, sizes, c.context, c.micro_batch, c.recompute))
+    needed = layout.bytes_needed(N, sizes_of(c))
     if needed > memory(world.device):
         raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
-                          f"{memory(world.device) / 2**30:,.0f} GiB here: fewer --n_layers, a smaller --d_model")
+                          f"{memory(world.device) / 2**30:,.0f} GiB here: more processes and --zero=1, 2 or 3 or --tp, "
+                          f"fewer --n_layers, a smaller --d_model")
     model = models.build(c.model, sizes, pick_attention(world.device, c.context, c.precision),
                          torch.Generator().manual_seed(c.seed))
     trainer = Trainer(c, model.to(world.device), world)
@@ -383,18 +374,37 @@ def run(settings: TrainConfig, given: set[str]) -> None:
               f"{math.log(corpus.encoding.n_vocab):.3f}")
 
     received = _note_signals(world)
-    loss = None
+    saving: list[checkpoint.Saving] = []  # what is being written beside training
+    try:
+        loss = _train(trainer, settings, corpus, progress, first, received, saving)
+    finally:  # whatever ended it
+        for one in saving:
+            one.join()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    _finish(trainer, corpus, loss)
+
+
+def _train(trainer: Trainer, settings: TrainConfig, corpus: Corpus, progress: "Progress", first: int,
+           received: list[int], saving: list[checkpoint.Saving]) -> float:
+    """The steps from ``first`` on; returns the held-out loss at the end."""
+    c, world, loss = trainer.config, trainer.world, None
     for step in range(first, c.steps):
-        stats = trainer.step(step, corpus.train, stop=bool(received))
+        stats = trainer.step(step, corpus.train, stop=bool(received) or any(one.failed for one in saving))
+        done, last = step + 1, step + 1 == c.steps
+        if stats["bad"] or stats["stop"] or last or done % c.save_every == 0:
+            while saving:  # one at a time; its failure ends the run
+                saving.pop().wait()
         if stats["bad"]:
-            _save(trainer, settings, corpus, step, None, keep=None)
+            _save(trainer, settings, corpus, step, None, keep=None).wait()
             raise ConfigError(f"stopped in step {step + 1}: {stats['bad']}; the weights from before it are saved as "
                               f"step {step} in {c.out}: look at that text, or --resume with a lower --lr, or delete "
                               f"that step to go on from the one before")
-        done, last = step + 1, step + 1 == c.steps
         line = progress.describe(done, stats)
         if last or stats["stop"] or done % c.save_every == 0:
-            _save(trainer, settings, corpus, done, line, keep=c.keep)
+            saving.append(_save(trainer, settings, corpus, done, line, keep=c.keep))
+        if last or stats["stop"]:
+            saving.pop().wait()
         # Validation comes after the save: it needs other memory than the step, and may be what ends the run.
         if not stats["stop"] and (last or done % c.eval_every == 0):
             loss = line["held_out_loss"] = trainer.evaluate(corpus.validation)
@@ -402,9 +412,7 @@ def run(settings: TrainConfig, given: set[str]) -> None:
         if stats["stop"] and not last:
             world.say(f"stopped after step {done}, saved in {c.out}; --resume goes on")
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    _finish(trainer, corpus, trainer.evaluate(corpus.validation) if loss is None else loss)
+    return trainer.evaluate(corpus.validation) if loss is None else loss
 
 
 def _must_exist(path: Path) -> None:
@@ -416,29 +424,24 @@ def _restore(trainer: Trainer, resumed: Path | None) -> tuple[int, dict | None]:
     """Load a checkpoint into the trainer; returns the number of steps done and the last one's metrics."""
     if resumed is None:
         return 0, None
-    state = trainer.world.agree(lambda: checkpoint.load(resumed))
-    trainer.world.agree(lambda: checkpoint.load_states(trainer.model, trainer.optimizer, state))
-    trainer.update_copies()
-    trainer.world.say(f"resuming from {resumed}")
-    return state["meta"]["step"], state["meta"].get("metrics")
+    world, parallel = trainer.world, trainer.parallel
+    states = world.agree(lambda: checkpoint.shapes(resumed))
+    meta = checkpoint.load_into(resumed, parallel.tensors(states), group=world.everyone)
+    parallel.refresh()
+    world.say(f"resuming from {resumed}")
+    return meta["step"], meta.get("metrics")
 
 
 def _save(trainer: Trainer, settings: TrainConfig, corpus: Corpus, step: int, line: dict | None,
-          keep: int | None) -> None:
-    """One process writes, all learn whether it worked. What ``settings`` leaves to the machine stays None."""
-    c, model, world = trainer.config, trainer.model, trainer.world
-
-    def write() -> None:
-        meta = {"model_type": c.model, "model_config": models.sizes_of(model),
-                "train_config": dataclasses.asdict(settings), "data_fingerprint": corpus.fingerprint,
-                "examples_seen": step * c.batch_tokens // c.context, "metrics": line,
-                "git_revision": _git_revision(), "torch": torch.__version__}
-        tensors = {"model": {name: p.detach() for name, p in model.named_parameters()},
-                   "optimizer": checkpoint.optimizer_state(model, trainer.optimizer)}
-        checkpoint.save(c.out, step, tensors, meta, keep=keep,
-                        write_files=lambda folder: tokenizer.save(corpus.encoding, folder / "tokenizer.tiktoken"))
-
-    world.agree(write, here=world.rank == 0)
+          keep: int | None) -> checkpoint.Saving:
+    """Begin to write, every process what it holds. What ``settings`` leaves to the machine stays None."""
+    c = trainer.config
+    meta = {"model_type": c.model, "model_config": trainer.model_sizes,
+            "train_config": dataclasses.asdict(settings), "data_fingerprint": corpus.fingerprint,
+            "examples_seen": step * c.batch_tokens // c.context, "metrics": line,
+            "git_revision": _git_revision(), "torch": torch.__version__}
+    return checkpoint.Saving(c.out, step, trainer.parallel.tensors(), meta, keep=keep, group=trainer.saving_group,
+                             write_files=lambda folder: tokenizer.save(corpus.encoding, folder / "tokenizer.tiktoken"))
 
 
 def _git_revision() -> str | None:
@@ -524,7 +527,9 @@ def _finish(trainer: Trainer, corpus: Corpus, loss: float) -> None:
     c, world, encoding = trainer.config, trainer.world, corpus.encoding
     if world.rank == 0 and c.samples:
         eot, generator = tokenizer.eot(encoding), torch.Generator(world.device).manual_seed(c.seed)
-        texts = decode.generate(trainer.model, [[eot]] * c.samples, min(c.sample_tokens, c.context - 1),
+        model = models.build(c.model, trainer.model_sizes)  # as whoever opens the checkpoint will find it
+        checkpoint.load_states(model, None, checkpoint.load(checkpoint.latest(c.out), parts=("model",)))
+        texts = decode.generate(model.to(world.device), [[eot]] * c.samples, min(c.sample_tokens, c.context - 1),
                                 temperature=0.8, top_p=0.95, stop_tokens=(eot,), generator=generator)
         for i, tokens in enumerate(texts):
             world.say(f"--- sample {i + 1} ---\n{encoding.decode([t for t in tokens if t != eot])}")
@@ -546,7 +551,7 @@ def main(arguments: list[str]) -> int:
         settings, given = parse(arguments, __doc__)
         refuse_meaningless(settings, given)
         run(settings, given)
-    except (ConfigError, ProcessError) as error:
+    except (ConfigError, ProcessError, checkpoint.CheckpointError) as error:
         return one_line(str(error), 2) if rank == 0 else 2
     except torch.OutOfMemoryError as error:
         return one_line(f"rank {rank}: {str(error).splitlines()[0][:150]}; a smaller --micro_batch needs less", 2)

@@ -1,0 +1,254 @@
+"""Every layout trains as one process does, in float64, and what one layout saves any other goes on with."""
+
+import math
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import run_ranks
+
+import checkpoint
+import layout
+import models
+from layout import ParallelModel, Sizes
+
+V, T, ROWS, MICROBATCHES = 22, 8, 24, 2  # 22: no multiple of 4, so that the vocabulary is padded
+GPT = ("gpt", {"vocab_size": V, "context": T, "n_layers": 4, "n_heads": 4, "d_model": 16})
+LLAMA = ("llama", {"vocab_size": V, "context": T, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_model": 16, "d_ff": 24,
+                   "tied": True})
+MOE = ("moe", LLAMA[1] | {"experts": {"n_experts": 4, "k": 2, "router": "softmax_before"}})
+LAYOUTS = {  # name -> sizes, and the kinds that they are for
+    "dp2": Sizes(dp=2), "dp4": Sizes(dp=4), "tp2": Sizes(tp=2), "tp4": Sizes(tp=4), "tp2 sequence": Sizes(tp=2, sequence=True),
+    "pp2": Sizes(pp=2), "pp4 zb": Sizes(pp=4, schedule="zb"), "pp2 gpipe": Sizes(pp=2, schedule="gpipe"),
+    "cp2": Sizes(cp=2), "cp4": Sizes(cp=4), "dp2 tp2": Sizes(dp=2, tp=2), "tp2 pp2": Sizes(tp=2, pp=2),
+    "cp2 pp2": Sizes(cp=2, pp=2), "tp2 cp2 sequence": Sizes(tp=2, cp=2, sequence=True), "dp2 tp2 pp2": Sizes(dp=2, tp=2, pp=2),
+    "dp2 cp2 pp2": Sizes(dp=2, cp=2, pp=2), "zero1": Sizes(dp=3, zero=1), "zero2": Sizes(dp=4, zero=2), "zero3": Sizes(dp=4, zero=3),
+    "zero3 tp2": Sizes(dp=2, tp=2, zero=3), "zero2 pp2": Sizes(dp=2, pp=2, zero=2), "zero1 offload": Sizes(dp=2, zero=1, offload=True),
+    "zero1 tp2 pp2": Sizes(dp=2, tp=2, pp=2, zero=1), "zero3 cp2": Sizes(dp=2, cp=2, zero=3), "tp2 pp2 cp2 sequence": Sizes(tp=2, pp=2, cp=2, sequence=True),
+}
+EXPERTS = {"ep2": Sizes(ep=2), "ep4": Sizes(ep=4), "dp2 ep2": Sizes(dp=2, ep=2), "tp2 ep2": Sizes(tp=2, ep=2), "tp2": Sizes(tp=2)}
+
+
+def processes(s):
+    return s.dp * s.tp * s.pp * s.cp * s.ep
+
+
+def build(kind, sizes, dtype=torch.float64):
+    return models.build(kind, sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def decay(name, p):
+    return {"weight_decay": 0.1 if p.dim() >= 2 else 0.0}
+
+
+def batch(step):
+    tokens = torch.randint(V, (ROWS, T + 1), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def train(parallel, steps, clip=0.1):
+    """[(loss, norm before clipping)] of these steps, the same on every process."""
+    results = []
+    for step in steps:
+        inputs, targets = (t.chunk(parallel.sizes.parts)[parallel.part].chunk(MICROBATCHES) for t in batch(step))
+        losses = parallel.gradient(list(zip(inputs, targets)), ROWS * T, models.balancing_loss)
+        loss = torch.tensor([float(sum(losses)) * parallel.counts], dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+        results.append((loss.item(), parallel.clip(clip)))
+        parallel.step(1e-2)
+        parallel.zero_grad()
+    return results
+
+
+def parallel_model(kind, model_sizes, sizes, **options):
+    return ParallelModel(build(kind, model_sizes, **options), torch.optim.AdamW, decay, sizes, MICROBATCHES)
+
+
+def assert_trains_as_one_process(model, sizes, tmp_path, tolerance=1e-10):
+    one = parallel_model(*model, Sizes())
+    expected = train(one, range(4))
+    assert all(norm > 0.1 for _, norm in expected)  # clipping is on
+
+    def on_rank(rank):
+        parallel = parallel_model(*model, sizes)
+        found = train(parallel, range(4))
+        path = checkpoint.save(tmp_path, 4, parallel.tensors(), {}, group=dist.group.WORLD)
+        return found, path
+
+    for found, path in run_ranks(processes(sizes), on_rank):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=tolerance)
+    saved = checkpoint.load(path)
+    for name, p in one.masters.items():
+        torch.testing.assert_close(saved["model"][name], p.detach(), rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        for key, state in one.optimizer.state[p].items():
+            torch.testing.assert_close(saved["optimizer"][name][key], state, rtol=0, atol=tolerance)
+    assert saved["model"].keys() == one.masters.keys()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_and_checkpoint_match_one_process(name, tmp_path):
+    """Losses, norms, parameters and optimizer states; ten digits, the rest is left to the order of sums."""
+    assert_trains_as_one_process(GPT, LAYOUTS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", ("tp4", "tp2 pp2 cp2 sequence", "dp2 tp2 pp2", "zero3 tp2", "zero1 tp2 pp2"))
+def test_training_and_checkpoint_of_a_llama_match_one_process(name, tmp_path):
+    """tp4: its two key and value heads are held twice."""
+    assert_trains_as_one_process(LLAMA, LAYOUTS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_training_with_experts_matches_one_process(name, tmp_path):
+    assert_trains_as_one_process(MOE, EXPERTS[name], tmp_path)
+
+
+# --- checkpoints know no layout ---------------------------------------------------------------------
+
+CROSS = {"one process": Sizes(), "dp4": Sizes(dp=4), "zero1": Sizes(dp=4, zero=1), "zero2": Sizes(dp=4, zero=2),
+         "zero3": Sizes(dp=4, zero=3), "tp2 pp2": Sizes(tp=2, pp=2), "zero3 dp2 tp2": Sizes(dp=2, tp=2, zero=3)}
+
+
+def in_fp32(sizes):
+    return parallel_model(*GPT, sizes, dtype=torch.float32)
+
+
+def on_ranks(sizes, fn):
+    return run_ranks(processes(sizes), fn) if processes(sizes) > 1 else [fn(0)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """layout -> a checkpoint that it wrote after four steps; and the ten losses after those, of one process."""
+    paths = {}
+    for name, sizes in CROSS.items():
+        folder = tmp_path_factory.mktemp("saved")
+
+        def train_and_save(rank, sizes=sizes, folder=folder):
+            parallel = in_fp32(sizes)
+            train(parallel, range(4))
+            group = dist.group.WORLD if dist.is_initialized() else None
+            return checkpoint.save(folder, 4, parallel.tensors(), {}, group=group)
+
+        paths[name] = on_ranks(sizes, train_and_save)[0]
+    return paths, train(in_fp32(Sizes()), range(14))[4:]
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_what_any_layout_saved_any_other_goes_on_with(saved, name):
+    """Ten steps after four, in fp32, where sums in another order differ by some 1e-7 a step."""
+    paths, expected = saved
+
+    def resume(rank):
+        group, found = dist.group.WORLD if dist.is_initialized() else None, {}
+        for source, path in paths.items():
+            parallel = in_fp32(CROSS[name])
+            checkpoint.load_into(path, parallel.tensors(checkpoint.shapes(path)), group)
+            parallel.refresh()
+            found[source] = train(parallel, range(4, 14))
+        return found
+
+    for found in on_ranks(CROSS[name], resume):
+        for source, losses in found.items():
+            difference = max(abs(a - b) for (a, _), (b, _) in zip(losses, expected))
+            assert difference < 1e-5, f"{source} -> {name}: losses differ by {difference:.1e}"
+
+
+def test_a_damaged_piece_is_refused_on_every_rank_before_anything_changes(saved, tmp_path):
+    source = saved[0]["zero3"]
+    broken = tmp_path / source.name
+    shutil.copytree(source, broken)
+    file = broken / "__2_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+    def resume(rank):
+        parallel = in_fp32(CROSS["dp4"])
+        before = {name: p.detach().clone() for name, p in parallel.masters.items()}
+        with pytest.raises(checkpoint.CheckpointError, match="__2_0.distcp is damaged") as caught:
+            checkpoint.load_into(broken, parallel.tensors(checkpoint.shapes(broken)), dist.group.WORLD)
+        assert "\n" not in str(caught.value)
+        assert all(torch.equal(p, before[name]) for name, p in parallel.masters.items())
+
+    run_ranks(4, resume)
+
+
+def test_another_models_checkpoint_is_refused_on_every_rank(saved):
+    def resume(rank):
+        other = ParallelModel(build("gpt", GPT[1] | {"n_layers": 5}), torch.optim.AdamW, decay, Sizes(dp=2))
+        path = saved[0]["dp4"]
+        with pytest.raises(checkpoint.CheckpointError, match="another model: only the model has blocks.4"):
+            checkpoint.load_into(path, other.tensors(checkpoint.shapes(path)), dist.group.WORLD)
+        wide = ParallelModel(build("gpt", GPT[1] | {"d_model": 32}), torch.optim.AdamW, decay, Sizes(dp=2))
+        with pytest.raises(checkpoint.CheckpointError, match=r"another model: .* is \(.*16.*\) in it, \(.*32.*\) here"):
+            checkpoint.load_into(path, wide.tensors(checkpoint.shapes(path)), dist.group.WORLD)
+
+    run_ranks(2, resume)
+
+
+# --- what fits ---------------------------------------------------------------------------------------
+
+def brute_force_boxes(shape, start, stop):
+    """Every element of the range once, in order."""
+    return list(range(start, stop)), torch.arange(math.prod(shape)).view(shape)
+
+
+@pytest.mark.parametrize("shape", ((), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (3, 1, 2), (2, 2, 2, 3)), ids=str)
+def test_boxes_of_a_range_match_brute_force(shape):
+    for start in range(math.prod(shape) + 1):
+        for stop in range(start, math.prod(shape) + 1):
+            expected, whole = brute_force_boxes(shape, start, stop)
+            found = []
+            for offsets, sizes in layout.flat_boxes(shape, start, stop):
+                box = whole
+                for dim, (offset, size) in enumerate(zip(offsets, sizes)):
+                    box = box.narrow(dim, offset, size)
+                found += box.flatten().tolist()
+            assert found == expected
+
+
+@pytest.mark.parametrize("sizes, model, T, message", (
+    (Sizes(tp=3), GPT, 8, "--tp=3 cannot share 4 heads, 4 key and value heads and 64 hidden units; 1, 2, 4 can"),
+    (Sizes(tp=3), LLAMA, 8, "1, 2, 4 can"),
+    (Sizes(pp=5), GPT, 8, "--pp=5 stages need as many blocks, the model has 4: --pp=4 at most"),
+    (Sizes(cp=2), GPT, 6, "2 \\* 2 divides, 6 is not: 4 is"),
+    (Sizes(sequence=True), GPT, 8, "tp has to be more than 1"),
+    (Sizes(tp=2, sequence=True), GPT, 7, "--sequence divides 7 positions"),
+    (Sizes(ep=2), GPT, 8, "--ep=2 does not divide 0 experts; only --model=moe has any"),
+    (Sizes(ep=3), MOE, 8, "--ep=3 does not divide 4 experts; 1, 2, 4 do"),
+    (Sizes(pp=2), MOE, 8, "a moe takes --dp, --tp and --ep"),
+    (Sizes(ep=2, dp=2, zero=1), MOE, 8, "take one of them"),
+    (Sizes(dp=2, pp=2, zero=3), GPT, 8, "--zero=1 or 2 with --pp"),
+    (Sizes(offload=True), GPT, 8, "needs --zero=1, 2 or 3")), ids=str)
+def test_layouts_that_do_not_fit_are_refused_with_what_would(sizes, model, T, message):
+    with pytest.raises(ValueError, match=message):
+        layout.check(sizes, *model, T)
+
+
+def test_layouts_that_fit_are_not_refused():
+    for sizes in (*LAYOUTS.values(), *CROSS.values()):
+        layout.check(sizes, *GPT, T)
+        layout.check(sizes, *LLAMA, T)
+    for sizes in EXPERTS.values():
+        layout.check(sizes, *MOE, T)
+
+
+def test_evaluation_matches_one_process_and_does_not_count_what_it_should_not():
+    inputs, targets = batch(0)
+    targets = targets.clone()
+    targets[-3:] = -1
+    logits = build(*GPT)(inputs)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum").item()
+
+    for sizes in (Sizes(tp=2), Sizes(pp=2), Sizes(cp=2), Sizes(dp=2, zero=3)):
+        def on_rank(rank, sizes=sizes):
+            parallel = parallel_model(*GPT, sizes)
+            mine = (t.chunk(sizes.parts)[parallel.part] for t in (inputs, targets))
+            total = torch.tensor(parallel.evaluate(*mine) * parallel.counts, dtype=torch.float64)
+            dist.all_reduce(total)
+            return total.item()
+
+        assert run_ranks(2, on_rank) == [pytest.approx(expected, abs=1e-9)] * 2
