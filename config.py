@@ -202,6 +202,7 @@ def refuse_meaningless(config: TrainConfig, given: set[str]) -> None:
             ("sequence", not c.sequence or c.tp > 1, "it divides work over --tp, which is 1"),
             ("offload", not c.offload or c.zero > 0, "it moves what --zero divides, which is 0"),
             ("pipeline", c.pp > 1, "--pp=1 is no pipeline"),
+            ("recompute", c.recompute != "block" or c.model != "moe", "experts would count their visits twice; take attention"),
             ("compile", not c.compile or c.pp == c.tp == c.cp == 1 and c.zero == 0, "only data parallelism can be compiled"),
             ("sample_tokens", c.samples > 0, "--samples=0 prints none"),
             ("resume", not (c.resume and c.overwrite), "--overwrite starts again")):
@@ -226,7 +227,8 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
             notes.append(f"{name} = {shown} ({formula})")
 
     fill("device", device, "the best that is here")
-    fill("precision", "bf16" if has_bf16 else "fp32", "bf16 where the hardware multiplies it")
+    fill("precision", "bf16" if has_bf16 and (c.pp == 1 or c.device != "cpu") else "fp32",
+         "bf16 where the hardware multiplies it")
     model_size = c.tp * c.pp * c.cp * c.ep
     fill("dp", max(1, processes // model_size), "all processes" if model_size == 1 else
          f"{processes} processes / (tp {c.tp} * pp {c.pp} * cp {c.cp} * ep {c.ep})")
@@ -254,6 +256,10 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
     fill("warmup_steps", c.steps // 20, "steps / 20")
     for name in ("decay_steps", "save_every", "eval_every"):
         fill(name, max(1, c.steps // 5), "steps / 5")
+    if c.recompute != "none" and c.sequence and c.dropout:
+        raise ConfigError("--recompute with --sequence would draw other dropout masks the second time: leave one out")
+    if c.pp > 1 and c.device == "cpu" and c.precision == "bf16":
+        raise ConfigError("--precision=bf16 on a CPU sums gradients outside of the pipeline's reach: fp32 with --pp")
     if c.d_model % c.n_heads:
         raise ConfigError(f"--n_heads={c.n_heads} does not divide --d_model={c.d_model}")
     if c.n_kv_heads and c.n_heads % c.n_kv_heads:

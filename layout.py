@@ -348,12 +348,15 @@ class ParallelModel:
     def tensors(self, states: dict[str, tuple[int, ...]] | None = None) -> dict[str, dict]:
         """What this process holds, as ``checkpoint.save`` and ``load_into`` take it: parameters and optimizer states.
 
-        ``states``: ``checkpoint.shapes`` of what will be loaded: room for the states in it is made.
+        ``states``: ``checkpoint.shapes`` of what will be loaded: room for the states in it is made. None, to save: then
+        the end of a pipeline leaves what it is tied to to the beginning.
         """
         if self.zero:
             mine = {name: (shard.master, shard.start, shard.state) for name, shard in self.zero.shards().items()}
         else:
             mine = {name: (p.detach().view(-1), 0, self.optimizer.state[p]) for name, p in self.masters.items()}
+        if states is None and self.pipe and self._rank("pp") > 0:
+            mine = {name: held for name, held in mine.items() if name not in self.pipe.tied}
         for key, shape in (states or {}).items():
             part, name, *state = key.split("/")
             if part == "optimizer" and name in mine and mine[name][0].numel():

@@ -46,6 +46,7 @@ import decode
 import gpt
 import layout
 import models
+import recompute
 import tokenizer
 from config import (FIXED_BY_CHECKPOINT, OF_THE_MACHINE, ConfigError, TrainConfig, derive, parse,
                     refuse_meaningless)
@@ -355,8 +356,6 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     except ValueError as error:  # heads, widths, ranks
         raise ConfigError(str(error)) from None
     N, active, flops = models.parameters_and_flops(c.model, sizes)
-    if c.recompute != "none":
-        world.say(layout.recompute_note(c.model, sizes, c.context, c.micro_batch, c.recompute))
     needed = layout.bytes_needed(N, sizes_of(c))
     if needed > memory(world.device):
         raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
@@ -364,7 +363,10 @@ def run(settings: TrainConfig, given: set[str]) -> None:
                           f"fewer --n_layers, a smaller --d_model")
     model = models.build(c.model, sizes, pick_attention(world.device, c.context, c.precision),
                          torch.Generator().manual_seed(c.seed))
-    trainer = Trainer(c, model.to(world.device), world)
+    kept = recompute.values_kept(model.config, c.recompute, c.model != "gpt")
+    world.say(f"recompute {c.recompute}: a layer keeps about {kept:,.0f} values per token for backward"
+              if c.recompute != "none" else "")
+    trainer = Trainer(c, recompute.recompute(model.to(world.device), c.recompute), world)
     first, last_line = _restore(trainer, resumed)
     world.agree(lambda: _begin(Path(c.out), resumed), here=world.rank == 0)
     progress = Progress(trainer, corpus, flops, first, last_line)

@@ -26,7 +26,7 @@ LAYOUTS = {  # name -> sizes, and the kinds that they are for
     "cp2 pp2": Sizes(cp=2, pp=2), "tp2 cp2 sequence": Sizes(tp=2, cp=2, sequence=True), "dp2 tp2 pp2": Sizes(dp=2, tp=2, pp=2),
     "dp2 cp2 pp2": Sizes(dp=2, cp=2, pp=2), "zero1": Sizes(dp=3, zero=1), "zero2": Sizes(dp=4, zero=2), "zero3": Sizes(dp=4, zero=3),
     "zero3 tp2": Sizes(dp=2, tp=2, zero=3), "zero2 pp2": Sizes(dp=2, pp=2, zero=2), "zero1 offload": Sizes(dp=2, zero=1, offload=True),
-    "zero1 tp2 pp2": Sizes(dp=2, tp=2, pp=2, zero=1), "zero3 cp2": Sizes(dp=2, cp=2, zero=3), "tp2 pp2 cp2 sequence": Sizes(tp=2, pp=2, cp=2, sequence=True),
+    "zero1 tp2 pp2": Sizes(dp=2, tp=2, pp=2, zero=1), "zero1 pp4": Sizes(dp=2, pp=4, zero=1), "zero3 cp2": Sizes(dp=2, cp=2, zero=3), "tp2 pp2 cp2 sequence": Sizes(tp=2, pp=2, cp=2, sequence=True),
 }
 EXPERTS = {"ep2": Sizes(ep=2), "ep4": Sizes(ep=4), "dp2 ep2": Sizes(dp=2, ep=2), "tp2 ep2": Sizes(tp=2, ep=2), "tp2": Sizes(tp=2)}
 

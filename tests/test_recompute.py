@@ -1,0 +1,110 @@
+"""Recomputation changes memory and time, and no number."""
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import run_program
+from torch.utils.checkpoint import checkpoint
+
+import models
+import recompute
+from recompute import naive_recompute, saved_bytes, values_kept
+
+SIZES = {"gpt": {"vocab_size": 20, "context": 16, "n_layers": 3, "n_heads": 2, "d_model": 16, "dropout": 0.2},
+         "llama": {"vocab_size": 20, "context": 16, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_model": 16, "d_ff": 40}}
+
+
+def build(kind, what="none", **changes):
+    model = models.build(kind, SIZES[kind] | changes, generator=torch.Generator().manual_seed(0)).double()
+    return recompute.recompute(model, what)
+
+
+def gradients(model, seed=1):
+    torch.manual_seed(seed)  # dropout
+    tokens = torch.randint(20, (3, 11), generator=torch.Generator().manual_seed(0))
+    loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("what", ("attention", "block"))
+@pytest.mark.parametrize("kind", SIZES)
+def test_gradients_match_those_without_bit_for_bit(kind, what):
+    """Dropout on: what is run again has to drop the same."""
+    loss, expected = gradients(build(kind))
+    again, found = gradients(build(kind, what))
+    assert torch.equal(loss, again) and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.5))
+def test_naive_recompute_matches_torchs_checkpoint(dropout):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Dropout(dropout), nn.Linear(9, 4)).double()
+    results = []
+    for run in (lambda x: net(x), lambda x: naive_recompute(net, x), lambda x: checkpoint(net, x, use_reentrant=False)):
+        torch.manual_seed(1)
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4).requires_grad_()
+        run(run(x)).square().sum().backward()  # twice: the second draws other masks than the first
+        results.append([x.grad, *(p.grad for p in net.parameters())])
+        net.zero_grad()
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0]))
+
+
+def test_naive_recompute_keeps_its_input_alone():
+    net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
+    x = torch.randn(5, 8, requires_grad=True)
+    assert saved_bytes(lambda: naive_recompute(net, x), net.parameters()) == 5 * 8 * 4
+    assert saved_bytes(lambda: net(x), net.parameters()) > 5 * 64 * 4
+
+
+@pytest.mark.parametrize("what", recompute.WAYS)
+@pytest.mark.parametrize("kind", SIZES)
+def test_bytes_kept_match_the_formula(kind, what):
+    """Within 5 %: fused attention's log-sum-exp and the norms' statistics are left out."""
+    wide = {"d_model": 64, "n_heads": 2, "context": 64} | ({"dropout": 0.0} if kind == "gpt" else {"n_kv_heads": 1, "d_ff": 96})
+    model = build(kind, what, **wide).float()
+    x = torch.randn(2, 64, 64, requires_grad=True)
+
+    def forward():
+        y = x
+        for block in model.blocks:
+            y = block(y)
+        return y
+
+    expected = 4 * 2 * 64 * 3 * values_kept(model.config, what, kind == "llama")
+    assert saved_bytes(forward, model.parameters()) == pytest.approx(expected, rel=0.05)
+
+
+def test_decoding_is_as_without():
+    model, plain = build("gpt", "block").eval(), build("gpt").eval()
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(model(tokens), plain(tokens))
+        cache = model.new_cache(1, 8)
+        model(tokens[:, :2], cache)
+        torch.testing.assert_close(model(tokens[:, 2:], cache)[:, -1], plain(tokens)[:, -1], atol=1e-12, rtol=0)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="one of none, attention, block, got 'all'"):
+        build("gpt", "all")
+    moe = models.build("moe", SIZES["llama"] | {"experts": {"n_experts": 2, "k": 1, "router": "softmax_before"}})
+    with pytest.raises(ValueError, match="recompute attention, not block"):
+        recompute.recompute(moe, "block")
+    recompute.recompute(moe, "attention")
+
+
+@pytest.mark.parametrize("flags, message", ((("--layers", "0"), "must be positive"), (("--width", "12"), "a multiple of 8"),
+                                            (("--seed", "-1"), "--seed must be"), (("--kind", "bert"), "invalid choice")))
+def test_bad_flags_are_one_line(flags, message):
+    run = run_program(["recompute.py", *flags])
+    assert run.returncode == 2 and run.stdout == "" and message in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_flags_change_what_they_say():
+    first = run_program(["recompute.py", "--rounds", "1", "--layers", "1", "--width", "16", "--context", "16"]).stdout
+    assert "max |gradient - gradient of none| = 0e+00" in first
+    other = run_program(["recompute.py", "--rounds", "1", "--layers", "2", "--width", "32", "--context", "8", "--kind", "llama"])
+    assert "llama, 2 layers of width 32, 4 texts of 8 tokens" in other.stdout
