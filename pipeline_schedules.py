@@ -231,6 +231,9 @@ class Workload:
     vocab_size: int = 51200
     context: int = 2048
     sequences: int = 1536
+    head_width: int = 128
+    value_bytes: int = 2  # of a weight, an activation, a gradient: 2 in bf16
+    recompute: bool = True  # backward runs the forward again: 3 forwards, as Megatron runs it
 
 
 @dataclass(frozen=True)
@@ -265,29 +268,30 @@ def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Clus
     """
     dp, tp, pp, V, b = layout.dp, layout.tp, layout.pp, layout.V, layout.micro
     M, rest = divmod(work.sequences, max(1, dp * b))
-    if min(dp, tp, pp, V, b) < 1 or rest or not M or work.n_layers % (pp * V) or work.d_model // 128 % tp:
+    if min(dp, tp, pp, V, b) < 1 or rest or not M or work.n_layers % (pp * V) or work.d_model // work.head_width % tp:
         raise ValueError(f"{layout} does not divide {work}")
     layers, tokens = work.n_layers // (pp * V), b * work.context  # of a stage; of a microbatch
     forward = layers * tokens * (24 * work.d_model**2 + 4 * work.context * work.d_model) / (tp * cluster.flops)
-    message = 2 * tokens * work.d_model / tp  # bytes, in bf16; each tensor-parallel rank sends a slice
-    reduced = 2 * layers * 2 * (tp - 1) / tp * 2 * tokens * work.d_model  # bytes: 2 all-reduces a layer, ring
+    message = work.value_bytes * tokens * work.d_model / tp  # bytes; each tensor-parallel rank sends a slice
+    reduced = 2 * layers * 2 * (tp - 1) / tp * work.value_bytes * tokens * work.d_model  # bytes: 2 all-reduces a layer, ring
     inside = cluster.inside_node if tp <= cluster.gpus_per_node else cluster.between_nodes
     talk = reduced / inside + (2 * layers * cluster.latency if tp > 1 else 0.0)
 
     def seconds(op: Op) -> float:
-        # recomputation of the forward makes a backward 3 forwards, as Megatron runs it
-        return forward + talk if op.kind == "F" else 3 * forward + 2 * talk
+        if op.kind == "F":
+            return forward + talk
+        return (2 + work.recompute) * forward + (1 + work.recompute) * talk
 
     times = timeline(schedule(name or ("interleaved" if V > 1 else "1f1b"), pp, M, V), seconds,
                      message / cluster.between_nodes + cluster.latency if pp > 1 else 0.0)
     weights = 12 * work.n_layers * work.d_model**2 / (tp * pp)
-    gradients = 2 * (dp - 1) / dp * 2 * weights  # bytes
+    gradients = 2 * (dp - 1) / dp * work.value_bytes * weights  # bytes
     total = max(t.end for t in times) + gradients / cluster.between_nodes
     useful = 3 * work.sequences * work.context * (
         work.n_layers * (24 * work.d_model**2 + 4 * work.context * work.d_model) + 2 * work.vocab_size * work.d_model)
-    stages = 2 * V * M * (pp > 1)
-    return Step(total, bubble(times), 3 * M * V * reduced * (tp <= cluster.gpus_per_node),
-                gradients + stages * message + 3 * M * V * reduced * (tp > cluster.gpus_per_node),
+    stages, passes = 2 * V * M * (pp > 1), 2 + work.recompute
+    return Step(total, bubble(times), passes * M * V * reduced * (tp <= cluster.gpus_per_node),
+                gradients + stages * message + passes * M * V * reduced * (tp > cluster.gpus_per_node),
                 useful / (total * dp * tp * pp * cluster.flops / 0.6))
 
 

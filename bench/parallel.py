@@ -1,7 +1,7 @@
 """Our parallelism beside torch's own, on two processes of one thread each (gloo on a CPU; NCCL with --device cuda).
 
     python bench/parallel.py              everything, about 5 minutes
-    python bench/parallel.py --only dp    one part: dp, tp, pp, memory, bubble, scaling
+    python bench/parallel.py --only dp    one part: dp, tp, pp, memory, bubble, scaling, simulate
 
 dp       DataParallel beside torch's DDP and beside a step that sends nothing, on a GPT of 10M parameters; bytes; order
 tp       tensor_parallel beside parallelize_module, the same blocks cut
@@ -9,11 +9,13 @@ pp       Pipeline (1F1B) beside torch.distributed.pipelining's Schedule1F1B
 memory   bytes saved for backward on the first rank, GPipe and 1F1B, counted as they live and die
 bubble   idle time of 4 ranks whose blocks sleep instead of computing, so that cores are not short, beside the formula
 scaling  strong (the same batch) and weak (the same batch a process) on 1 and 2 processes
+simulate pipeline_schedules.predict beside steps that ran on 2 processes, given this machine's compute and link
 
 Every round times each in turn, in the same processes; the ratio is that of the medians over the rounds.
 """
 
 import argparse
+import contextlib
 import copy
 import statistics
 import sys
@@ -37,7 +39,7 @@ import tensor_parallel
 from gpt import GPT, GPTConfig, count_parameters
 from pipeline_schedules import Timed, bubble, bubble_formula, peak_held, schedule
 
-PARTS = ("dp", "tp", "pp", "memory", "bubble", "scaling")
+PARTS = ("dp", "tp", "pp", "memory", "bubble", "scaling", "simulate")
 
 
 def medians(runs: dict, rounds: int, steps: int = 2) -> dict[str, float]:
@@ -256,6 +258,62 @@ def bench_bubble(rank, P):
             line.append(f"{name} {bubble(times):.3f} ({bubble_formula(name, P, M, V):.3f})")
         say("   ".join(line))
 
+
+def bench_simulate(device, rounds):
+    """The model of links and compute that `--simulate` ranks layouts by, beside layouts that can be run here."""
+    from pipeline_schedules import Cluster, Layout, Workload, predict
+
+    work = Workload(n_layers=8, d_model=256, vocab_size=64, context=128, sequences=16, head_width=32, value_bytes=4, recompute=False)
+    config = GPTConfig(64, 128, 8, 8, 256)
+    tokens = torch.randint(64, (16, 129), generator=torch.Generator().manual_seed(0)).to(device)
+    whole = GPT(config, generator=torch.Generator().manual_seed(0)).to(device)
+    rank = dist.get_rank()
+
+    def piped():
+        model = copy.deepcopy(whole)
+        pipe = pipeline.Pipeline(model, schedule("1f1b", 2, 8))
+        optimizer = adamw(model)
+
+        def run():
+            pipe.step(tokens[:, :-1], tokens[:, 1:], lambda y, t: loss_of(y, t) / 8)
+            optimizer.step()
+            optimizer.zero_grad()
+        return run
+
+    def microbatched(model, finish, batch, count):
+        optimizer = adamw(model)
+
+        def run():
+            with finish.no_sync() if finish else contextlib.nullcontext():
+                for part in batch.chunk(count):
+                    (loss_of(model(part[:, :-1]), part[:, 1:]) / count).backward()
+            if finish:
+                finish.finish()
+            optimizer.step()
+            optimizer.zero_grad()
+        return run
+
+    cut = tensor_parallel.tensor_parallel(copy.deepcopy(whole))
+
+    def sliced():
+        for part in tokens.chunk(8):
+            tensor_parallel.vocabulary_cross_entropy(cut(part[:, :-1]), part[:, 1:], 64).mean().backward()
+        sliced.optimizer.step()
+        sliced.optimizer.zero_grad()
+
+    sliced.optimizer = adamw(cut)
+    one, dp = copy.deepcopy(whole), copy.deepcopy(whole)
+    big, small = torch.zeros(1 << 20, device=device), torch.zeros(1, device=device)
+    times = medians({
+        "1": microbatched(one, None, tokens, 8),  # on both processes at once: so is the compute of all others
+        "dp 2": microbatched(dp, parallel.DataParallel(dp), tokens.chunk(2)[rank], 4),
+        "tp 2": sliced, "pp 2": piped(), "4 MB": lambda: dist.all_reduce(big), "4 B": lambda: dist.all_reduce(small)}, rounds)
+    base = predict(Layout(1, 1, 1, micro=2), work, Cluster(flops=1e9)).seconds * 1e9
+    cluster = Cluster(base / times["1"], big.nbytes / times["4 MB"], big.nbytes / times["4 MB"], times["4 B"], 2)
+    say(f"simulate  {cluster.flops / 1e9:.0f} GFLOP/s a process, {cluster.inside_node / 1e9:.2f} GB/s, {cluster.latency * 1e6:.0f} us")
+    for name, where in (("dp 2", Layout(2, 1, 1, micro=2)), ("tp 2", Layout(1, 2, 1, micro=2)), ("pp 2", Layout(1, 1, 2, micro=2))):
+        seconds = predict(where, work, cluster).seconds
+        say(f"  {name}  predicted {seconds * 1e3:7.1f} ms, measured {times[name] * 1e3:7.1f} ms, off by {seconds / times[name] - 1:+.0%}")
 
 def bench_scaling(device, rounds):
     model, tokens = model_and_tokens(device, rows=8)
