@@ -15,6 +15,7 @@ Test      pytest tests/test_layout.py
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -128,6 +129,8 @@ class ParallelModel:
         half: run forward and backward on bf16 copies of the fp32 weights (gradients are summed in fp32).
         autocast: a context in which the forward runs.
         timeout: seconds after which a silent process counts as lost.
+        initialise: for a model on the meta device, with ZeRO's stage 3 and no other cut: draws its values, of which no
+            process ever has more than one parameter whole.
 
     Attributes:
         model: what this process runs.
@@ -137,7 +140,8 @@ class ParallelModel:
     """
 
     def __init__(self, model: nn.Module, optimizer: Callable, settings: Callable, sizes: Sizes, microbatches: int = 1,
-                 half: bool = False, autocast: contextlib.AbstractContextManager | None = None, timeout: int = 600):
+                 half: bool = False, autocast: contextlib.AbstractContextManager | None = None, timeout: int = 600,
+                 initialise: Callable[[nn.Module], None] | None = None, device: torch.device | str = "cpu"):
         from parallel import mesh
 
         self.sizes, self.autocast = sizes, autocast or contextlib.nullcontext()
@@ -156,7 +160,7 @@ class ParallelModel:
         # fp32 weights are optimised and saved; forward and backward run on them, or on copies in bf16.
         self.zero, self.half = None, half
         if sizes.zero:
-            self._divide(optimizer, settings)
+            self._divide(optimizer, settings, initialise, device)
         else:
             self._keep_equal(optimizer, settings)
 
@@ -193,13 +197,14 @@ class ParallelModel:
             return _Place(whole, tuple(p.shape), 0, self._rank("ep") * p.size(0), holders * s.tp)
         return _Place(whole, tuple(p.shape), holders=holders * s.tp)
 
-    def _divide(self, optimizer: Callable, settings: Callable) -> None:
+    def _divide(self, optimizer: Callable, settings: Callable, initialise: Callable | None, device) -> None:
         """ZeRO: what every data-parallel process would have is divided among them."""
         from zero import ZeRO
 
         data, bf16 = self.mesh.data if self.mesh else None, torch.bfloat16 if self.half else None
         self.zero = ZeRO(self.model, optimizer, data, self.sizes.zero, groups=settings, reduction="sum", dtype=bf16,
-                         grad_dtype=torch.float32 if self.half else None, offload=self.sizes.offload)
+                         grad_dtype=torch.float32 if self.half else None, offload=self.sizes.offload,
+                         initialise=initialise, device=device)
         self.dp, self.optimizer = [self.zero], self.zero.optimizer
 
     def _keep_equal(self, optimizer: Callable, settings: Callable) -> None:
@@ -448,3 +453,50 @@ class _Part:
 
     def named_buffers(self) -> list[tuple[str, Tensor]]:
         return list(self._model.named_buffers()) if self._model is not None else []
+
+
+# --- 3. demo ----------------------------------------------------------------------------------------
+
+def main(preset: str, processes: int) -> None:
+    import itertools
+
+    from config import PRESETS, TrainConfig
+    from models import describe, parameters_and_flops
+
+    settings = TrainConfig(**PRESETS[preset])
+    model = describe(settings, {"train": settings.vocab_size, "gpt2": 50257}.get(settings.tokenizer, 100277))
+    N = parameters_and_flops(settings.model, model)[0]
+    divisors = [n for n in range(1, processes + 1) if processes % n == 0]
+    fitting, refused = [], 0
+    for tp, pp, cp, ep, zero in itertools.product(divisors, divisors, divisors, divisors, range(4)):
+        if processes % (tp * pp * cp * ep) or zero and processes == tp * pp * cp * ep:
+            continue
+        sizes = Sizes(processes // (tp * pp * cp * ep), tp, pp, cp, ep, zero)
+        try:
+            check(sizes, settings.model, model, settings.context)
+            fitting.append(sizes)
+        except ValueError:
+            refused += 1
+    print(f"{preset}: {N:,} parameters on {processes} processes; without activations, about")
+    print("  dp  tp  pp  cp  ep  zero   GB a process   flags of train.py")
+    for s in sorted(fitting, key=lambda s: (bytes_needed(N, s), s.tp * s.pp * s.cp))[:12]:
+        flags = " ".join(f"--{name} {getattr(s, name)}" for name in ("tp", "pp", "cp", "ep", "zero")
+                         if getattr(s, name) != getattr(Sizes, name))
+        print(f"{s.dp:4} {s.tp:3} {s.pp:3} {s.cp:3} {s.ep:3} {s.zero:5} {bytes_needed(N, s) / 1e9:14.4f}   {flags}")
+    least, most = (f(bytes_needed(N, s) / N for s in fitting) for f in (min, max))
+    print(f"{len(fitting)} layouts of {processes} processes fit, {refused} do not: {least:.2f} to {most:.2f} bytes per parameter "
+          f"(expected at most 16, at least 16 / {processes} = {16 / processes:.2f})")
+
+
+if __name__ == "__main__":
+    from config import PRESETS
+
+    # Without argparse's usage lines a mistake is answered in one line.
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny_cpu", help="whose model (default tiny_cpu)")
+    parser.add_argument("--processes", type=int, default=8, help="to lay out (default 8)")
+    options = parser.parse_args()
+    if not 1 <= options.processes <= 4096:
+        parser.exit(2, f"layout.py: --processes must be 1 .. 4096, got {options.processes}\n")
+    main(**vars(options))

@@ -172,7 +172,7 @@ class Trainer:
     (autocast would convert every weight in every pass, which costs more there than it gains).
     """
 
-    def __init__(self, config: TrainConfig, model: nn.Module, world: World):
+    def __init__(self, config: TrainConfig, model: nn.Module, world: World, initialise: Callable | None = None):
         self.config, self.world, self.model_sizes = config, world, models.sizes_of(model)
         # Saving goes on beside training: its messages must not meet those of a step.
         self.saving_group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world.size > 1 else None
@@ -182,7 +182,8 @@ class Trainer:
         self.accumulation = c.batch_tokens // (sizes.parts * c.micro_batch * c.context)
         self.parallel = layout.ParallelModel(
             model, lambda groups: make_optimizer(groups, c), lambda name, p: decay(p, c), sizes, self.accumulation, half=half,
-            autocast=torch.autocast(device, torch.bfloat16, enabled=bf16 and not half), timeout=c.timeout)
+            autocast=torch.autocast(device, torch.bfloat16, enabled=bf16 and not half), timeout=c.timeout,
+            initialise=initialise, device=world.device)
         if config.compile:
             self._compile()
 
@@ -361,12 +362,16 @@ def run(settings: TrainConfig, given: set[str]) -> None:
         raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
                           f"{memory(world.device) / 2**30:,.0f} GiB here: more processes and --zero=1, 2 or 3 or --tp, "
                           f"fewer --n_layers, a smaller --d_model")
+    # ZeRO-3 alone: every process draws the whole model, one parameter at a time, and keeps its part of each.
+    in_parts = c.zero == 3 and c.tp == c.cp == 1 and c.model != "moe"  # experts draw twice
+    generator = torch.Generator().manual_seed(c.seed)
     model = models.build(c.model, sizes, pick_attention(world.device, c.context, c.precision),
-                         torch.Generator().manual_seed(c.seed))
+                         None if in_parts else generator, "meta" if in_parts else "cpu")
     kept = recompute.values_kept(model.config, c.recompute, c.model != "gpt")
     world.say(f"recompute {c.recompute}: a layer keeps about {kept:,.0f} values per token for backward"
               if c.recompute != "none" else "")
-    trainer = Trainer(c, recompute.recompute(model.to(world.device), c.recompute), world)
+    model = recompute.recompute(model if in_parts else model.to(world.device), c.recompute)
+    trainer = Trainer(c, model, world, (lambda model: model.initialise(generator)) if in_parts else None)
     first, last_line = _restore(trainer, resumed)
     world.agree(lambda: _begin(Path(c.out), resumed), here=world.rank == 0)
     progress = Progress(trainer, corpus, flops, first, last_line)
