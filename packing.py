@@ -1,0 +1,478 @@
+"""Packing: tokens on the disk, and documents into contexts.     Ding et al. 2024, arXiv 2404.10830, section 3
+
+Idea      A model reads contexts of T tokens; documents have any length. Joined in one line and cut every T
+          tokens, nothing is wasted, but documents are torn that would have fitted. One document a context
+          tears none and wastes most of the computation. Best-fit-decreasing bin packing tears only what is
+          longer than T and wastes next to nothing: longest first, each into the fullest context with room.
+          An attention mask in blocks keeps documents that share a context from reading each other.
+          The tokens lie in a file that is mapped, not read: it may be larger than memory.
+Formula   waste        = 1 - (sum of lengths) / (contexts * T)
+          best fit     : context(d) = argmin over { c : space(c) >= n_d } of space(c), ties to the oldest
+          query i sees key j  <=>  j <= i and document(i) = document(j)
+          input t + 1 of a document = its token t, input 0 = eot: every token is a target exactly once
+          validation  <=>  document_hash(text) < held_out
+Shapes    documents (n_d,) -> one line of tokens (N,) uint16 or uint32 and ends (documents,) uint64 on the disk
+          -> inputs, targets, document ids (B, T); mask (B, 1, T, T)
+Omits     positions that restart with each document (rotary positions need it not: only differences count);
+          a dictionary of documents (what a document was called is not kept).
+Run       python packing.py                      Python's documentation, 3 s; ends with "refused by name: True"
+          python packing.py --data 'my/*.txt' --context 1024 --out tokens
+Test      pytest tests/test_packing.py
+"""
+
+import argparse
+import hashlib
+import heapq
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # the target that F.cross_entropy leaves out
+
+
+class ShardError(ValueError):
+    """A file of tokens that cannot be used. One line: the file, what is wrong, what to do."""
+
+
+# --- 1. tokens on the disk --------------------------------------------------------------------
+
+# magic and version, documents, tokens, vocab_size, bytes per token, BLAKE2b of all behind the header; then
+# BLAKE2b of these 48 bytes. Behind it the tokens, zeros up to a multiple of 8, and where each document ends.
+HEADER, MAGIC, HEADER_BYTES = struct.Struct("<8sQQII16s"), b"TOKENS\x00\x01", 64
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class ShardWriter:
+    """Documents into one file, one at a time; 8 bytes per document are held in memory.
+
+        with ShardWriter("a.tokens", vocab_size) as shard:
+            shard.add(tokens)
+
+    The file appears under its name when the block ends, whole and on the disk; if the block raises, not at all.
+    A kill leaves the name as it was (and maybe a *.tmp). Raises ValueError for tokens that are no integers of
+    [0, vocab_size) or none; ShardError for a path that cannot be written or a shard without documents.
+    """
+
+    def __init__(self, path: str | os.PathLike, vocab_size: int):
+        if not 1 <= vocab_size < 2**32:
+            raise ValueError(f"vocab_size must be in [1, 2^32), got {vocab_size}")
+        self.path, self.vocab_size, self.ends, self.n_tokens = os.fspath(path), vocab_size, [], 0
+        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._beside, self._hash = f"{self.path}.{uuid.uuid4().hex}.tmp", hashlib.blake2b(digest_size=16)
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            self._file = open(self._beside, "wb")
+            self._file.write(bytes(HEADER_BYTES))
+        except OSError as error:
+            raise self._unwritable(error) from None
+        return self
+
+    def _unwritable(self, error: OSError) -> ShardError:
+        return ShardError(f"{self.path}: cannot be written ({error.strerror}): check the folder, its permissions "
+                          "and the room on the disk")
+
+    def add(self, document: Sequence[int] | np.ndarray) -> None:
+        """One document, (n,) tokens with n >= 1; its end-of-text token, if it has one, is among them."""
+        tokens = np.asarray(document)
+        if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise ValueError(f"a document must be integers of shape (n,), n >= 1, got {tokens.dtype} {tokens.shape}")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise ValueError(f"tokens {tokens.min()} ... {tokens.max()} exceed vocab_size {self.vocab_size}")
+        self.n_tokens += len(tokens)
+        self.ends.append(self.n_tokens)
+        self._write(tokens.astype(self.dtype).tobytes())
+
+    def _write(self, data: bytes) -> None:
+        self._hash.update(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if kind is None:
+                if not self.ends:
+                    raise ShardError(f"{self.path}: no documents to write: give at least one")
+                self._write(bytes(-self.n_tokens * self.dtype.itemsize % 8))
+                self._write(np.array(self.ends, dtype="<u8").tobytes())
+                header = HEADER.pack(MAGIC, len(self.ends), self.n_tokens, self.vocab_size, self.dtype.itemsize,
+                                     self._hash.digest())
+                self._file.seek(0)
+                self._file.write(header + _digest(header))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._beside, self.path)
+        except OSError as failure:
+            raise self._unwritable(failure) from None
+        finally:
+            self._file.close()
+            Path(self._beside).unlink(missing_ok=True)
+
+
+def write_shard(path: str | os.PathLike, documents: Iterable[Sequence[int]], vocab_size: int) -> "TokenShard":
+    """All documents (tokens each) into one file, whole or not at all, as ShardWriter; opened again."""
+    with ShardWriter(path, vocab_size) as shard:
+        for document in documents:
+            shard.add(document)
+    return open_shard(path, verify=False)
+
+
+class TokenShard(Sequence):
+    """The documents of one file: ``shard[i]`` is document i, (n_i,) tokens of the map, nothing copied.
+
+    ``tokens`` (N,) is the line of all, ``lengths`` (documents,) int64, ``vocab_size`` what they are below.
+    """
+
+    def __init__(self, path: str, tokens: np.ndarray, ends: np.ndarray, vocab_size: int):
+        self.path, self.tokens, self.ends, self.vocab_size = path, tokens, ends, vocab_size
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.ends.astype(np.int64), prepend=0)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        i = range(len(self))[i]
+        return self.tokens[int(self.ends[i - 1]) if i else 0:int(self.ends[i])]
+
+
+def open_shard(path: str | os.PathLike, verify: bool = True) -> TokenShard:
+    """The documents of a file that ShardWriter wrote, mapped. ``verify`` reads it once (about 1 GB/s, in small
+    blocks) and compares the checksum; without it, only the header's checksum and the file's length are.
+    Raises ShardError, which names the file: missing, foreign, cut short, or a checksum that fails."""
+    path = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
+            if head[:len(MAGIC)] != MAGIC:
+                raise ShardError(f"{path}: begins with {head[:8]!r}, not {MAGIC!r}: no file of tokens; write it with "
+                                 "write_shard")
+            if len(head) < HEADER_BYTES or _digest(head[:HEADER.size]) != head[HEADER.size:]:
+                raise ShardError(f"{path}: the checksum of the header fails: damaged; copy or write the file again")
+            _, n_documents, n_tokens, vocab_size, itemsize, digest = HEADER.unpack(head[:HEADER.size])
+            padded = -(-n_tokens * itemsize // 8) * 8
+            if size != (expected := HEADER_BYTES + padded + 8 * n_documents):
+                raise ShardError(f"{path}: has {size:,} bytes, its header says {expected:,}: cut short or grown; copy "
+                                 "or write the file again")
+            if verify:
+                found = hashlib.blake2b(digest_size=16)
+                while block := file.read(2**20):
+                    found.update(block)
+                if found.digest() != digest:
+                    raise ShardError(f"{path}: the checksum of the tokens fails: damaged; copy or write the file again")
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+    whole = np.memmap(path, dtype=np.uint8, mode="r")
+    tokens = whole[HEADER_BYTES:HEADER_BYTES + n_tokens * itemsize].view(f"<u{itemsize}")
+    # A plain view of the map: its slices are cheaper.
+    return TokenShard(path, np.asarray(tokens), np.asarray(whole[HEADER_BYTES + padded:].view("<u8")), vocab_size)
+
+
+# --- 2. training and validation ---------------------------------------------------------------
+
+def document_hash(document: str) -> float:
+    """A number in [0, 1) that depends on the document's text alone: the same in every run and process."""
+    digest = hashlib.blake2b(document.encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48  # 48 bits fit a float's 53: never rounded up to 1
+
+
+def write_split(folder: str | os.PathLike, documents: Iterable[str], encode: Callable[[str], Sequence[int]], eot: int,
+                vocab_size: int, held_out: float = 0.05) -> tuple[TokenShard, TokenShard]:
+    """(train, validation): encode(document) + [eot] of each document, in the order they come, one at a time in
+    memory, into ``folder``/train.tokens and validation.tokens. A document whose hash is below held_out is held
+    out: wherever it stands and however often, it is on one side only. The folder appears whole or not at all.
+
+    Raises ValueError for held_out outside (0, 1), and as ShardWriter; ShardError if the folder is there already,
+    or if a side would stay empty (data.split_documents has a rule for few documents).
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be inside (0, 1), got {held_out}")
+    folder = Path(folder)
+    if folder.exists():
+        raise ShardError(f"{folder}: is there already: remove it or name another")
+    beside = Path(f"{folder}.{uuid.uuid4().hex}.tmp")
+    names = ("train.tokens", "validation.tokens")
+    try:
+        beside.mkdir()
+        with ShardWriter(beside / names[0], vocab_size) as train, ShardWriter(beside / names[1], vocab_size) as rest:
+            for document in documents:
+                side = rest if document_hash(document) < held_out else train
+                side.add(np.append(np.asarray(encode(document), dtype=np.int64), eot))
+            if not train.ends or not rest.ends:
+                raise ShardError(f"{folder}: {len(train.ends)} documents to train on, {len(rest.ends)} held out with "
+                                 f"held_out {held_out}: give more documents or another held_out")
+        os.rename(beside, folder)
+    except OSError as error:
+        raise ShardError(f"{folder}: cannot be written ({error.strerror}): check the folder above it") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return open_shard(folder / names[0], verify=False), open_shard(folder / names[1], verify=False)
+
+
+# --- 3. documents into contexts, in four ways --------------------------------------------------
+
+# A plan is an array (pieces, 4) of int64: context, document, first token in it, number of tokens; in the order of
+# contexts, and within one in the order of its places.
+
+def _pieces(lengths: np.ndarray, context: int, crossing: bool) -> tuple[np.ndarray, ...]:
+    """Where each piece lies in the line of all tokens, its document, first token and length, (pieces,) each: the
+    line cut at each document's begin and every T tokens of the line (crossing) or of the document."""
+    lengths = np.asarray(lengths)
+    if context < 1 or lengths.ndim != 1 or not lengths.size or lengths.dtype.kind not in "iu" or lengths.min() < 1:
+        raise ValueError(f"want a context >= 1 and lengths (documents,) >= 1, got {context} and {lengths.dtype} "
+                         f"{lengths.shape}{f', smallest {lengths.min()}' if lengths.size else ''}")
+    lengths = lengths.astype(np.int64)
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    if crossing:
+        places = np.union1d(begins, np.arange(0, ends[-1], context))
+    else:
+        counts = -(-lengths // context)  # pieces of each document
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a piece in its document
+        places = np.repeat(begins, counts) + number * context
+    document = np.searchsorted(ends, places, side="right")
+    return places, document, places - begins[document], np.diff(places, append=ends[-1])
+
+
+def pack_crossing(lengths: np.ndarray, context: int) -> np.ndarray:
+    """All documents in one line, cut every T tokens: GPT-3's way. lengths (documents,) >= 1 -> plan."""
+    places, document, start, length = _pieces(lengths, context, crossing=True)
+    return np.stack((places // context, document, start, length), 1)
+
+
+def pack_padded(lengths: np.ndarray, context: int) -> np.ndarray:
+    """Each piece of at most T tokens of a document in a context of its own."""
+    _, document, start, length = _pieces(lengths, context, crossing=False)
+    return np.stack((np.arange(len(document)), document, start, length), 1)
+
+
+def pack_in_order(lengths: np.ndarray, context: int) -> np.ndarray:
+    """The pieces in their order, a new context when the next does not fit: next fit, which needs no plan ahead."""
+    _, document, start, length = _pieces(lengths, context, crossing=False)
+    rows, row, space = [], 0, context
+    for n in length.tolist():
+        if n > space:
+            row, space = row + 1, context
+        rows.append(row)
+        space -= n
+    return np.stack((rows, document, start, length), 1)
+
+
+def pack_best_fit_naive(lengths: np.ndarray, context: int) -> np.ndarray:
+    """The longest piece first, into the context with the least space that is enough, the oldest of them; into a
+    new one if there is none. Looks at every context for every piece."""
+    _, document, start, length = _pieces(lengths, context, crossing=False)
+    order, spaces, rows = np.argsort(-length, kind="stable"), [], []
+    for n in length[order].tolist():
+        fitting = [(space, row) for row, space in enumerate(spaces) if space >= n]
+        row = min(fitting)[1] if fitting else len(spaces)
+        if not fitting:
+            spaces.append(context)
+        spaces[row] -= n
+        rows.append(row)
+    return _in_rows(rows, document[order], start[order], length[order])
+
+
+def pack_best_fit(lengths: np.ndarray, context: int) -> np.ndarray:
+    """The plan of ``pack_best_fit_naive``: contexts lie in one heap per space left, and bit s of an integer says
+    whether heap s holds any, so that the least space >= n is the lowest set bit from n on."""
+    _, document, start, length = _pieces(lengths, context, crossing=False)
+    order, rows, n_rows = np.argsort(-length, kind="stable"), [], 0
+    heaps, occupied = [[] for _ in range(context + 1)], 0
+    for n in length[order].tolist():
+        if fitting := occupied >> n:
+            space = n + (fitting & -fitting).bit_length() - 1
+            row = heapq.heappop(heaps[space])
+            if not heaps[space]:
+                occupied ^= 1 << space
+        else:
+            space, row, n_rows = context, n_rows, n_rows + 1
+        rows.append(row)
+        if space > n:
+            heapq.heappush(heaps[space - n], row)
+            occupied |= 1 << (space - n)
+    return _in_rows(rows, document[order], start[order], length[order])
+
+
+def _in_rows(rows: list[int], *columns: np.ndarray) -> np.ndarray:
+    return np.stack((rows, *columns), 1)[np.argsort(rows, kind="stable")]
+
+
+WAYS = {"crossing": pack_crossing, "padded": pack_padded, "in_order": pack_in_order, "best_fit": pack_best_fit}
+
+
+def waste(plan: np.ndarray, context: int) -> float:
+    """The share of the contexts' places that hold no token."""
+    return 1 - plan[:, 3].sum() / ((plan[-1, 0] + 1) * context)
+
+
+def torn(plan: np.ndarray, lengths: np.ndarray, context: int) -> int:
+    """How many documents lie in several pieces though a context would have held them whole."""
+    pieces = np.bincount(plan[:, 1], minlength=len(lengths))
+    return int(((pieces > 1) & (lengths <= context)).sum())
+
+
+# --- 4. contexts into batches ------------------------------------------------------------------
+
+class PackedContexts:
+    """The examples 0, 1, 2, ... of a plan, without end: example j is a context of epoch j // n, in an order that
+    each epoch draws anew from (seed, epoch). The number of the next example is the only state.
+
+    Args:
+        shard: the documents; those that end with ``eot`` teach the model to end.
+        plan: (pieces, 4), of ``shard.lengths``.
+        context: T, at least the longest row of the plan.
+        eot: the input before a document's first token.
+        seed: of the order, in [0, 2^32).
+        shuffle: False keeps every epoch in the order of the plan.
+    """
+
+    def __init__(self, shard: Sequence[np.ndarray], plan: np.ndarray, context: int, eot: int, seed: int = 0,
+                 shuffle: bool = True):
+        if plan.ndim != 2 or plan.shape[1] != 4 or not len(plan):
+            raise ValueError(f"a plan must be (pieces, 4) with pieces >= 1, got {plan.shape}")
+        longest = int(np.bincount(plan[:, 0], plan[:, 3]).max())
+        if longest > context or plan[:, 1].max() >= len(shard) or not 0 <= seed < 2**32:
+            raise ValueError(f"a plan with rows of {longest} tokens and documents up to {plan[:, 1].max()} wants "
+                             f"context >= {longest}, {plan[:, 1].max() + 1} documents, a seed in [0, 2^32); "
+                             f"got {context}, {len(shard)}, {seed}")
+        self.shard, self.plan, self.context, self.eot = shard, plan, context, eot
+        self.seed, self.shuffle = seed, shuffle
+        self._bounds = np.searchsorted(plan[:, 0], np.arange(plan[-1, 0] + 2))  # the pieces of each context
+        self._epoch, self._order = -1, np.arange(len(self))
+
+    def __len__(self) -> int:
+        """n, the number of contexts: the examples of one epoch."""
+        return len(self._bounds) - 1
+
+    def _context_of(self, example: int) -> int:
+        epoch, place = divmod(example, len(self))
+        if self.shuffle and epoch != self._epoch:
+            # RandomState is NumPy's one frozen stream: a later version resumes in the same order.
+            self._epoch, self._order = epoch, np.random.RandomState([self.seed, epoch]).permutation(len(self))
+        return int(self._order[place])
+
+    def batch(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Examples start to start + count - 1: inputs, targets (IGNORED where empty), and document ids (0, 1, ... in
+        each row, -1 where empty), each (count, T) int64. ValueError unless start >= 0 and count >= 1."""
+        if start < 0 or count < 1:
+            raise ValueError(f"a batch needs start >= 0 and count >= 1, got {start} and {count}")
+        inputs, targets, ids = np.empty((3, count, self.context), dtype=np.int64)  # (count, T) each
+        inputs[:], targets[:], ids[:] = self.eot, IGNORED, -1
+        for i in range(count):
+            row, place = self._context_of(start + i), 0
+            for k, (_, d, first, n) in enumerate(self.plan[self._bounds[row]:self._bounds[row + 1]].tolist()):
+                document, here = self.shard[d], slice(place, place + n)
+                targets[i, here] = document[first:first + n]
+                inputs[i, place] = document[first - 1] if first else self.eot
+                inputs[i, place + 1:place + n] = document[first:first + n - 1]
+                ids[i, here], place = k, place + n
+        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(ids)
+
+
+# --- 5. attention inside a document -------------------------------------------------------------
+
+def block_diagonal_mask(document_ids: Tensor) -> Tensor:
+    """(B, T) -> (B, 1, T, T) bool, [b, 0, i, j] whether query i sees key j: not later, and of the same document.
+    Empty places see each other, so no softmax is over nothing."""
+    return (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()  # (B, 1, T, T)
+
+
+class DocumentAttention:
+    """An ``attention`` for GPT and Llama that keeps to documents: set ``document_ids`` (B, T) before each batch.
+
+        attention = DocumentAttention()
+        model = Llama(config, attention=attention)
+        inputs, targets, attention.document_ids = contexts.batch(start, count)
+    """
+
+    document_ids: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+        """q (B, H, T, Dh), k and v (B, Hkv, T, Dh) -> (B, H, T, Dh). ValueError if the ids are of another shape."""
+        found = None if self.document_ids is None else tuple(self.document_ids.shape)
+        if found != (q.size(0), q.size(2)) or k.size(2) != q.size(2) or not is_causal:
+            raise ValueError(f"document_ids of shape {found} and is_causal {is_causal} do not fit q {tuple(q.shape)}, "
+                             f"k {tuple(k.shape)}: want ({q.size(0)}, {q.size(2)}), causal, no cache")
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=block_diagonal_mask(self.document_ids),
+                                              enable_gqa=q.size(1) != k.size(1))
+
+
+# --- 6. demo ------------------------------------------------------------------------------------
+
+def main(data: str | None, context: int, held_out: float, seed: int, out: str | None) -> None:
+    from data import default_documents, read_documents
+    documents: Iterator[str] = iter(default_documents()) if data is None else read_documents(data)
+    eot = 256  # the bytes are tokens 0 to 255, so that the demo needs no tokenizer
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "tokens") if out is None else Path(out)
+        train, validation = write_split(folder, documents, lambda text: list(text.encode()), eot, 257, held_out)
+        both = {bytes(map(int, d[:-1])) for d in train} & {bytes(map(int, d[:-1])) for d in validation}
+        print(f"{train.path}: {len(train):,} documents, {len(train.tokens):,} tokens, "
+              f"{os.path.getsize(train.path):,} bytes")
+        print(f"{validation.path}: {len(validation):,} documents, {len(validation.tokens):,} tokens; "
+              f"on both sides: {len(both)} (expected 0)")
+
+        lengths = train.lengths
+        print(f"context {context}: {'contexts':>9}{'waste':>9}{'torn':>6}   (documents cut that would have fitted)")
+        for name, way in WAYS.items():
+            plan = way(lengths, context)
+            print(f"  {name:12}{plan[-1, 0] + 1:9,}{waste(plan, context):9.2%}{torn(plan, lengths, context):6,}")
+        plan = pack_best_fit(lengths, context)
+        few = lengths[:200]
+        same = np.array_equal(pack_best_fit(few, context), pack_best_fit_naive(few, context))
+        print(f"best fit, naive = fast: {same} (expected True)")
+
+        contexts = PackedContexts(train, plan, context, eot, seed)
+        targets = torch.cat([contexts.batch(j, 1)[1].flatten() for j in range(len(contexts))])
+        counted = torch.bincount(targets[targets != IGNORED], minlength=257).numpy()
+        once = np.array_equal(counted, np.bincount(train.tokens, minlength=257))
+        ids = contexts.batch(0, len(contexts))[2]
+        mask = block_diagonal_mask(ids[ids.max(1).values.argmax()][None])
+        print(f"a context holds up to {ids.max() + 1} documents; there the mask lets {mask.float().mean():.1%} of the "
+              f"pairs through, a causal one {(context + 1) / (2 * context):.1%}")
+
+        copy = Path(scratch, "flipped.tokens")
+        damaged = bytearray(Path(train.path).read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        copy.write_bytes(damaged)
+        try:
+            refused = not open_shard(copy)
+        except ShardError as error:
+            refused = str(copy) in str(error)
+        print(f"every token a target exactly once: {once}; a flipped bit is refused by name: {refused}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
+    parser.add_argument("--context", type=int, default=4096, help="T, tokens per context (default %(default)s)")
+    parser.add_argument("--held_out", type=float, default=0.05, help="share held out (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of contexts (default %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help="write train.tokens and validation.tokens there")
+    try:
+        main(**vars(parser.parse_args()))
+    except ValueError as error:
+        print(f"packing.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
