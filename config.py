@@ -36,6 +36,9 @@ def setting(default, help: str, choices: tuple = (), least: float | None = None,
 class TrainConfig:
     """Every setting of a run; each field is a flag. None means derived: the formula is printed with the value."""
 
+    stage: str | None = setting(None, "where to end: pretrain; all goes on to sft, reward, ppo, dpo and grpo; one of those "
+                                      "runs it alone, with alignment.py's flags. Derived: all on the default text, else "
+                                      "pretrain", ("all", "pretrain", "sft", "reward", "ppo", "dpo", "grpo"))
     # the text
     data: str | None = setting(None, "files to train on, e.g. 'my/*.txt' (.txt .md .jsonl[.gz] .warc.wet[.gz]); "
                                      "derived: Python's own documentation")
@@ -128,7 +131,7 @@ PRESETS = {
 FIXED_BY_CHECKPOINT = ("data", "held_out", "tokenizer", "vocab_size", "model", "context", "n_layers", "n_heads",
                        "n_kv_heads", "d_model", "d_ff", "n_experts", "experts_per_token", "batch_tokens", "seed")
 # What belongs to the machine and the moment: never taken from a checkpoint.
-OF_THE_MACHINE = {"device", "dp", "tp", "pp", "cp", "ep", "zero", "offload", "sequence", "pipeline", "recompute",
+OF_THE_MACHINE = {"stage", "device", "dp", "tp", "pp", "cp", "ep", "zero", "offload", "sequence", "pipeline", "recompute",
                   "micro_batch", "compile", "timeout", "out", "resume", "overwrite"}
 
 
@@ -226,6 +229,10 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
             shown = f"{value:g}" if isinstance(value, float) else value
             notes.append(f"{name} = {shown} ({formula})")
 
+    fill("stage", "all" if c.data is None and c.context >= 96 else "pretrain",
+         "all on the default text, in contexts that hold a conversation; else pretrain")
+    if c.stage not in ("all", "pretrain"):
+        raise ConfigError(f"--stage={c.stage} is alignment's: python alignment.py --stages {c.stage} has its settings")
     fill("device", device, "the best that is here")
     fill("precision", "bf16" if has_bf16 and (c.pp == 1 or c.device != "cpu") else "fp32",
          "bf16 where the hardware multiplies it")

@@ -10,10 +10,12 @@ Formula   held out   <=>  hash(document) < held_out,  hash in [0, 1)
           example j  =    window permutation(seed, j // n)[j mod n],  j = 0, 1, 2, ... without end
 Shapes    tokens (N,) uint16 or uint32 -> inputs and targets (B, T) int64, targets one token ahead
 Omits     the tokenizer (`encode` is handed in); a mask between the documents of a window (as does GPT-3);
-          the last (N - 1) mod T tokens
+          the last (N - 1) mod T tokens; the choice and cleaning of documents (curate.py)
 Run       python data.py                        Python's own documentation, under 10 s
           python data.py --data 'my/**/*.txt'   or .md .jsonl .jsonl.gz .warc.wet .warc.wet.gz
           Ends with "every target of the epoch seen exactly once: True ..."
+          python data.py 'crawl/*.warc.wet.gz' --out shards/   from a raw crawl to clean shards, by curate.py
+          torchrun --nproc_per_node=2 data.py 'crawl/*.warc.wet.gz' --out shards/   the same by two processes
 Test      pytest tests/test_data.py
 """
 
@@ -51,8 +53,7 @@ def default_documents() -> list[str]:
     """Python's own documentation, 2 MB: the topics of its help(), then the docstrings of each module of the
     standard library as one document. Copies are dropped; one version of Python gives one text and order.
 
-    Sources are parsed, never imported. What a stripped Python lacks is left out; DataError if it lacks all.
-    """
+    Sources are parsed, never imported. What a stripped Python lacks is left out; DataError if it lacks all."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -89,23 +90,14 @@ def _docstrings(source: str) -> str:
 
 # --- 2. reading -----------------------------------------------------------------------------
 
-def read_documents(pattern: str | os.PathLike) -> Iterator[str]:
-    """The documents of a file, of a glob ('my/*.txt'; ** enters subfolders) or of a comma-separated list of
-    them, files in the order of their names, each once. Only .txt and .md files are ever in memory whole.
+Lost = Callable[[str, int], None]  # told one line (file, place, cause, cure) and how many bytes are lost
 
-        .txt .md                 one file = one document; Windows line ends become \\n
-        .jsonl .jsonl.gz         one line = one JSON object with the document in "text"
-        .warc.wet .warc.wet.gz   Common Crawl's text (WARC, ISO 28500): one conversion record = one document
 
-    Documents of nothing but white space are left out, as is a byte-order mark.
-
-    Raises:
-        DataError: at once for a pattern without files, a folder, an unknown suffix; when reached for a file
-            that is empty, unreadable, binary, truncated, not UTF-8, or not what its suffix says.
-    """
-    pattern = os.fspath(pattern)
-    files: dict[str, str] = {}  # path -> suffix
-    # A name that exists, such as "[1], 2.txt", is neither a list nor a glob.
+def find_files(pattern: str | os.PathLike) -> list[str]:
+    """The files that a path, a glob or a comma-separated list of them names, sorted, each once. A name that
+    exists, such as "[1], 2.txt", is neither a list nor a glob. Raises DataError for a name or glob without
+    files, for a folder, for a suffix that is not in READERS."""
+    pattern, files = os.fspath(pattern), set()
     for part in [pattern] if os.path.exists(pattern) else map(str.strip, pattern.split(",")):
         if os.path.isdir(part):
             raise DataError(f"{part}: is a folder: name files, such as '{os.path.join(part, '**', '*.txt')}'")
@@ -116,34 +108,156 @@ def read_documents(pattern: str | os.PathLike) -> Iterator[str]:
             raise DataError(f"{part or repr(pattern)}: no such file: check the path; the working directory "
                             f"is {os.getcwd()}, the nearest folder that exists {nearest}")
         for path in paths:
-            files[path] = next((suffix for suffix in READERS if path.lower().endswith(suffix)), "")
-            if not files[path]:
+            if not path.lower().endswith(tuple(READERS)):
                 raise DataError(f"{path}: unknown suffix: give one of {' '.join(READERS)}")
-    return (document for path in sorted(files) for document in _read_file(path, files[path]))
+        files.update(paths)
+    return sorted(files)
 
 
-def _read_file(path: str, suffix: str) -> Iterator[str]:
-    holds_text = False
+def read_documents(pattern: str | os.PathLike) -> Iterator[str]:
+    """The documents of a file, of a glob ('my/*.txt'; ** enters subfolders) or of a comma-separated list of
+    them, files in the order of their names, each once. Only .txt and .md files are ever in memory whole.
+
+        .txt .md                 one file = one document; Windows line ends become \\n
+        .jsonl .jsonl.gz         one line = one JSON object with the document in "text"
+        .warc.wet .warc.wet.gz   Common Crawl's text (WARC, ISO 28500): one conversion record = one document
+
+    Documents of nothing but white space are left out, as is a byte-order mark. Raises DataError: at once as
+    find_files does; when reached, for a file that is empty, unreadable, or not what its suffix says."""
+    return (document for path in find_files(pattern) for document in read_file(path))
+
+
+def read_file(path: str, lost: Lost | None = None, longest: int | None = None) -> Iterator[str]:
+    """The documents of one file, as read_documents gives them.
+
+    Args:
+        lost: called for every damaged or unusable place; reading goes on behind it: at the next line, WARC
+            record or gzip member. None: the first such place raises DataError.
+        longest: bytes of a text, line or record; a longer one is passed over without being held in memory.
+    """
+    def note(message: str, n_bytes: int) -> None:
+        nonlocal complained
+        if lost is None:
+            raise DataError(message) from None
+        complained = True
+        lost(message, n_bytes)
+
+    suffix = next(suffix for suffix in READERS if path.lower().endswith(suffix))
+    complained, holds_text, head = False, False, b""
     try:
         with open(path, "rb") as file:
             head = file.peek(2)[:2]
-            if suffix.endswith(".gz") and head:
-                if head != b"\x1f\x8b":
-                    raise DataError(f"{path}: not gzip, it begins with {head!r}: rename or fetch it again")
-                file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # one file may be many gzip members
-            for document in READERS[suffix](path, file):
+            if suffix.endswith(".gz") and head and head != GZIP_MAGIC[:2]:
+                what = f"{path}: not gzip, it begins with {head!r}: rename or fetch it again"
+                return note(what, os.path.getsize(path))
+            raw = iter(lambda: file.read(2**16), b"")
+            pieces = _unzip(path, file, note) if suffix.endswith(".gz") else raw
+            for document in READERS[suffix](path, _Bytes(pieces), note, longest):
                 if document and not document.isspace():
                     holds_text = True
                     yield document
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: truncated or damaged gzip ({error}): fetch it again") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check it and its permissions") from None
-    if not holds_text:
-        raise DataError(f"{path}: {'holds no text' if head else 'is empty'}: fetch it again, or leave it out")
+        note(f"{path}: cannot be read ({error.strerror}): check it and its permissions", 0)
+    if not holds_text and not complained:
+        note(f"{path}: {'holds no text' if head else 'is empty'}: fetch it again, or leave it out", 0)
+
+
+GZIP_MAGIC = b"\x1f\x8b\x08"  # identification and the one method there is (RFC 1952)
+
+
+def _unzip(path: str, file: io.BufferedIOBase, lost: Lost) -> Iterator[bytes | None]:
+    """The content of a gzip file, which may be many members, in pieces; None where damage was passed over."""
+    data, place, member, unpack = b"", 0, 0, None  # place: of data in the file; member: where this one began
+    damage = "bytes {} to {}: truncated or damaged gzip ({}): fetch it again"
+    while data := data or file.read(2**16):
+        try:
+            if unpack is None:
+                member = place = place + len(data) - len(data := data.lstrip(b"\0"))  # padding
+                if not data:
+                    continue
+                unpack = zlib.decompressobj(31)
+            piece = unpack.decompress(data, 2**20)  # a limit: 64 kB of zeros may unpack to 64 MB
+        except zlib.error as error:
+            place, data = (place + 1, data[1:]) if member == place else (place, data)
+            while (found := data.find(GZIP_MAGIC)) < 0 and (more := file.read(2**16)):
+                place, data = place + len(data) - len(data[-2:]), data[-2:] + more
+            found = found if found >= 0 else len(data)
+            place, data, unpack = place + found, data[found:], None
+            lost(f"{path}, " + damage.format(member, place, error), place - member)
+            yield None
+            continue
+        rest = unpack.unused_data or unpack.unconsumed_tail
+        place, data = place + len(data) - len(rest), rest
+        unpack = None if unpack.eof else unpack
+        if piece:
+            yield piece
+    if unpack is not None:
+        lost(f"{path}, " + damage.format(member, place, "it ends too early"), place - member)
+        yield None
+
+
+class _Bytes:
+    """What a reader needs of a file: lines, and blocks that can be looked at before they are taken. A None
+    among the pieces ends a segment: nothing is read across it, only `more` goes on behind it."""
+
+    def __init__(self, pieces: Iterator[bytes | None]):
+        self.pieces, self.buffer, self.start, self.offset = pieces, bytearray(), 0, 0
+        self.segment_ended = self.exhausted = False
+
+    def fill(self) -> bool:
+        """One piece more in the buffer; False at the end of the segment."""
+        if not self.segment_ended:
+            if self.start > 2**16:
+                del self.buffer[:self.start]
+                self.start = 0
+            piece = next(self.pieces, b"")
+            self.segment_ended, self.exhausted = not piece, piece == b""
+            self.buffer += piece or b""
+        return not self.segment_ended
+
+    def more(self) -> bool:
+        """Whether anything is left, in this segment or in one behind it."""
+        while self.start == len(self.buffer) and not self.fill():
+            if self.exhausted:
+                return False
+            self.segment_ended = False
+        return True
+
+    def peek(self, n: int) -> bytes:
+        """The next n bytes, fewer at the end of the segment."""
+        while len(self.buffer) - self.start < n and self.fill():
+            pass
+        return bytes(self.buffer[self.start:self.start + n])
+
+    def take(self, n: int) -> bytes:
+        """The next n bytes, which are in the buffer; the reader stands behind them."""
+        self.start, self.offset = self.start + n, self.offset + n
+        return bytes(self.buffer[self.start - n:self.start])
+
+    def line(self, limit: int | None = None) -> bytes:
+        """The next line with its end; `limit` bytes of a longer one; what is left at the segment's end."""
+        n = 0
+        while not (end := self.buffer.find(b"\n", self.start + n) + 1):
+            n = len(self.buffer) - self.start
+            if limit and n >= limit or not self.fill():
+                end = len(self.buffer)
+                break
+        return self.take(min(end - self.start, limit or end))
+
+    def skip_to(self, marker: bytes) -> None:
+        """Go to where the marker begins, or to the end of the segment; memory stays small."""
+        while (found := self.buffer.find(marker, self.start)) < 0:
+            self.take(max(0, len(self.buffer) - len(marker) + 1 - self.start))
+            if not self.fill():
+                found = len(self.buffer)
+                break
+        self.take(found - self.start)
 
 
 def _decode(data: bytes, where: str) -> str:
+    """Text of UTF-8. Raises DataError, beginning with where, that says which byte of data is wrong."""
+    if b"\0" in data:
+        raise DataError(f"{where}, byte {data.index(0)}: NUL, so binary or UTF-16: give text in UTF-8")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -151,47 +265,66 @@ def _decode(data: bytes, where: str) -> str:
                         "file, for example with iconv -f LATIN1 -t UTF-8") from None
 
 
-def _read_text(path: str, file: io.BufferedIOBase) -> Iterator[str]:
-    data = file.read()
-    if b"\0" in data:
-        raise DataError(f"{path}, byte {data.index(0)}: NUL, so binary or UTF-16: give text in UTF-8")
-    yield _decode(data, path).replace("\r\n", "\n")
+def _read_text(path: str, file: _Bytes, lost: Lost, longest: int | None) -> Iterator[str]:
+    data = file.peek(longest + 1 if longest else sys.maxsize)
+    try:
+        if longest and len(data) > longest:
+            raise DataError(f"{path}: one document of more than {longest:,} bytes: cut it in several files")
+        yield _decode(data, path).replace("\r\n", "\n")
+    except DataError as error:
+        lost(str(error), os.path.getsize(path))
 
 
-def _read_jsonl(path: str, file: io.BufferedIOBase) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        line = _decode(line, where)
+def _read_jsonl(path: str, file: _Bytes, lost: Lost, longest: int | None) -> Iterator[str]:
+    number = 0
+    while file.more():
+        begin, number, line = file.offset, number + 1, file.line(longest)
+        where = f"{path}, line {number} (from byte {begin})"
         try:
-            text = json.loads(line)["text"]
+            if longest and len(line) == longest and not line.endswith(b"\n"):
+                file.skip_to(b"\n")
+                raise DataError(f"{where}: longer than {longest:,} bytes: cut it in several documents")
+            if not line.strip():
+                continue
+            text = json.loads(_decode(line, where))["text"]
             text.encode()  # JSON can spell half of a surrogate pair, "\ud800": no text in UTF-8 holds one
+            yield text
+        except DataError as error:
+            lost(str(error), file.offset - begin)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f'{where}: want a JSON object with a string "text", found {line[:40]!r} '
-                            f"({type(error).__name__}: {error}): correct or remove the line") from None
-        yield text
+            found = line[:40].decode(errors="replace")
+            lost(f'{where}: want a JSON object with a string "text", found {found!r} '
+                 f"({type(error).__name__}: {error}): correct or remove the line", file.offset - begin)
 
 
-def _read_wet(path: str, file: io.BufferedIOBase) -> Iterator[str]:
+def _read_wet(path: str, file: _Bytes, lost: Lost, longest: int | None) -> Iterator[str]:
     # A record: the line WARC/1.0, lines "Name: value", an empty line, Content-Length bytes, two empty lines.
-    while first := file.readline(2**16):
-        where = f"{path}, record at byte {file.tell() - len(first)} of the uncompressed file"
-        if not first.startswith(b"WARC/"):
-            raise DataError(f"{where}: begins with {first[:16]!r}, not WARC/: fetch the file again")
-        headers = {}
-        while line := file.readline(2**16).strip():
-            name, _, value = line.partition(b":")
-            headers[name.lower()] = value.strip()
-        length = headers.get(b"content-length", b"missing")
-        if not length.isdigit() or len(length) > 9:  # pages have kilobytes; a lie must not exhaust the memory
-            raise DataError(f"{where}: Content-Length is {length[:20]!r}, not below 10^9: fetch it again")
-        block = file.read(int(length))
-        if len(block) < int(length) or file.read(4) != b"\r\n\r\n":
-            raise DataError(f"{where}: does not end after its Content-Length of {int(length)} bytes, so "
-                            "truncated or damaged: fetch the file again")
-        if headers.get(b"warc-type") == b"conversion":
-            yield _decode(block, where)
+    while file.more():
+        begin, headers, taken = file.offset, {}, False
+        where = f"{path}, record at byte {begin} of the uncompressed file"
+        try:
+            if not (first := file.line(2**16)).startswith(b"WARC/"):
+                raise DataError(f"{where}: begins with {first[:16]!r}, not WARC/: fetch the file again")
+            while line := file.line(2**16).strip():
+                name, _, value = line.partition(b":")
+                headers[name.lower()] = value.strip()
+            length, limit = headers.get(b"content-length", b"missing"), longest or 10**9 - 1
+            if not length.isdigit() or len(length) > 9 or int(length) > limit:  # a lie must not fill the memory
+                raise DataError(f"{where}: Content-Length is {length[:20]!r}, not below {limit:.0e}: fetch again")
+            block = file.peek(int(length) + 4)
+            # A length that covers whole records would make one page of them.
+            if len(block) < int(length) + 4 or block[-4:] != b"\r\n\r\n" or b"\r\n\r\nWARC/1." in block:
+                raise DataError(f"{where}: does not end after its Content-Length of {int(length)} bytes, so "
+                                "truncated or damaged: fetch the file again")
+            file.take(len(block))
+            taken = True
+            if headers.get(b"warc-type") == b"conversion":
+                yield _decode(block[:-4], where)
+        except DataError as error:
+            if not taken:  # whatever the header says, the next record begins where a line begins with WARC/1.
+                file.skip_to(b"\nWARC/1.")
+                file.take(min(1, len(file.peek(1))))
+            lost(str(error), file.offset - begin)
 
 
 READERS = {".txt": _read_text, ".md": _read_text, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl,
@@ -214,8 +347,7 @@ def split_documents(documents: Iterable[str], held_out: float = 0.05) -> tuple[l
     the fraction 1 - held_out of its characters, or just there if no line end leaves text on both sides.
 
     For a corpus larger than memory, test `document_hash(document) < held_out` as the documents stream by.
-    Raises ValueError for held_out, DataError for no documents or a single one too short to cut.
-    """
+    Raises ValueError for held_out, DataError for no documents or a single one too short to cut."""
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be inside (0, 1), got {held_out}")
     documents = list(documents)
@@ -252,8 +384,7 @@ def pack(documents: Iterable[str], encode: Callable[[str], Sequence[int]], eot: 
     memory-mapped (again later: `np.load(path, mmap_mode="r")`). It is written beside and renamed once it is
     whole and on the disk: a kill at any moment leaves the path as it was (and maybe a *.tmp).
 
-    Raises ValueError for tokens outside [0, vocab_size), DataError for no documents or an unwritable path.
-    """
+    Raises ValueError for tokens outside [0, vocab_size), DataError for no documents or an unwritable path."""
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
     def encoded() -> Iterator[np.ndarray]:
@@ -345,27 +476,20 @@ class TokenWindows:
 
 def main(data: str | None, context: int, held_out: float, seed: int, out: str | None) -> None:
     documents = default_documents() if data is None else list(read_documents(data))
-    print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters. They begin:")
-    print("".join(f"    {document[:80]!r}\n" for document in documents[:2]), end="")
-
-    eot = 256  # the bytes are tokens 0 to 255, so that the demo needs no tokenizer
+    print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters: {documents[0][:60]!r} ...")
+    eot = 256  # the bytes are tokens 0 to 255
     train, validation = split_documents(documents, held_out)
     tokens = pack(train, lambda document: list(document.encode()), eot, eot + 1, out)
     size, rest = (sum(len(document.encode()) for document in side) for side in (train, validation))
-    print(f"training {len(train):,} documents, {len(tokens):,} tokens (bytes) in {tokens.dtype}; "
-          f"expected {size + len(train):,}")
+    print(f"training {len(train):,} documents, {len(tokens):,} tokens (bytes); expected {size + len(train):,}")
     print(f"held out {len(validation):,} documents, {rest / (size + rest):.1%} of the bytes; expected about "
           f"{held_out:.1%} if documents are many. On both sides: {len({*train} & {*validation})}; expected 0")
-
     windows = TokenWindows(tokens, context, seed)
     window = min(int(np.argmax(tokens == eot)) // context, len(windows) - 1)
     shown = tokens[window * context:(window + 1) * context + 1]
-    pieces = [bytes(piece[piece != eot].tolist()).decode(errors="replace")
-              for piece in np.split(shown, np.flatnonzero(shown == eot))]
-    print(f"window {window}, at the end of the first document: {'<|endoftext|>'.join(pieces)!r}")
-    print(f"windows in the order of the examples: {windows.order(0)[:5].tolist()} ... in epoch 0, "
-          f"{windows.order(1)[:5].tolist()} ... in epoch 1")
-
+    shown = "".join("<|endoftext|>" if token == eot else chr(token) for token in shown.tolist())
+    print(f"window {window}, at the end of the first document: {shown!r}")
+    print(f"windows in the order of epoch 0: {windows.order(0)[:8].tolist()} ...")
     targets = torch.cat([windows.batch(j, 1)[1] for j in range(len(windows))])  # (n, T)
     text = targets[np.argsort(windows.order(0))].flatten().numpy()
     once = np.array_equal(text, tokens[1:len(text) + 1])
@@ -376,13 +500,17 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.add_argument("crawl", nargs="?", help="files to clean, as by python curate.py, with its flags")
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--context", type=int, default=128, help="T, tokens per input (default %(default)s)")
     parser.add_argument("--held_out", type=float, default=0.05, help="share held out (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of windows (default %(default)s)")
     parser.add_argument("--out", metavar="FILE.npy", help="write the packed training tokens there")
+    if parser.parse_known_args()[0].crawl is not None:
+        import curate
+        parser.exit(curate.run(sys.argv[1:]))
     try:
-        main(**vars(parser.parse_args()))
+        main(**{name: value for name, value in vars(parser.parse_args()).items() if name != "crawl"})
     except KeyboardInterrupt:
         parser.exit(130)
     except (OSError, ValueError) as error:

@@ -461,6 +461,8 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
     newest = model.config.context - max_new_tokens if chat else 0  # older lines leave a chat's context first
     if chat and newest < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room in a context of {model.config.context}")
+    if chat and "<|assistant|>" in encoding.special_tokens_set:  # alignment.py has taught it whose turn it is
+        return _take_turns(model, encoding, max_new_tokens, newest, generator, sampling)
     shown = text = sys.stdin.read() if prompt == "-" else prompt or ""
     while True:
         if chat:
@@ -478,6 +480,32 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
         print()
         if not chat:
             return
+
+
+def _take_turns(model: nn.Module, encoding, max_new_tokens: int, newest: int, generator: torch.Generator,
+                sampling: dict) -> None:
+    """A conversation in chat.py's template; its oldest turns leave a context of ``newest`` tokens first."""
+    from chat import END, answer_text, render_prompt
+    messages, end = [], encoding.encode_single_token(END)
+    while True:
+        print("You: ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        while len(tokens := render_prompt(encoding, messages)) > newest:
+            if len(messages) == 1:
+                raise ValueError(f"a line of {len(tokens)} tokens does not fit: {newest} are free beside the answer")
+            del messages[:2]
+        new = []
+        drawn = stream(model, tokens, max_new_tokens, stop_tokens=[end], generator=generator, **sampling)
+        print("Model: ", end="")
+        for piece in decode_stream((new.append(token) or token for token in drawn), encoding, [], [end]):
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer_text(encoding, new)})
 
 
 def demo(max_new_tokens: int, seed: int, device: str) -> None:

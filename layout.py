@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Sizes:
+class Grid:
     """How many processes share what: their product is the number of processes."""
     dp: int = 1
     tp: int = 1
@@ -59,7 +59,7 @@ class Sizes:
 
 # --- 1. what fits -------------------------------------------------------------------------------------
 
-def check(sizes: Sizes, kind: str, model: dict, T: int) -> None:
+def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
     """Refuse a layout that a model cannot have, before any work. The vocabulary need not divide: it is padded.
 
     Args:
@@ -97,7 +97,7 @@ def check(sizes: Sizes, kind: str, model: dict, T: int) -> None:
         raise ValueError("--offload moves ZeRO's shards: it needs --zero=1, 2 or 3")
 
 
-def bytes_needed(N: int, sizes: Sizes) -> float:
+def bytes_needed(N: int, sizes: Grid) -> float:
     """For the fp32 weights, gradients and AdamW's moments of N parameters on one process, about: 16 N without a layout."""
     P, here = sizes.dp, N / (sizes.tp * sizes.pp)
     divided = {0: 0, 1: 8, 2: 12, 3: 16}[sizes.zero]  # of 16 bytes per parameter
@@ -139,7 +139,7 @@ class ParallelModel:
         counts: 1.0 if this process's losses count, 0.0 if another one reports the same.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Callable, settings: Callable, sizes: Sizes, microbatches: int = 1,
+    def __init__(self, model: nn.Module, optimizer: Callable, settings: Callable, sizes: Grid, microbatches: int = 1,
                  half: bool = False, autocast: contextlib.AbstractContextManager | None = None, timeout: int = 600,
                  initialise: Callable[[nn.Module], None] | None = None, device: torch.device | str = "cpu"):
         from parallel import mesh
@@ -471,7 +471,7 @@ def main(preset: str, processes: int) -> None:
     for tp, pp, cp, ep, zero in itertools.product(divisors, divisors, divisors, divisors, range(4)):
         if processes % (tp * pp * cp * ep) or zero and processes == tp * pp * cp * ep:
             continue
-        sizes = Sizes(processes // (tp * pp * cp * ep), tp, pp, cp, ep, zero)
+        sizes = Grid(processes // (tp * pp * cp * ep), tp, pp, cp, ep, zero)
         try:
             check(sizes, settings.model, model, settings.context)
             fitting.append(sizes)
@@ -481,7 +481,7 @@ def main(preset: str, processes: int) -> None:
     print("  dp  tp  pp  cp  ep  zero   GB a process   flags of train.py")
     for s in sorted(fitting, key=lambda s: (bytes_needed(N, s), s.tp * s.pp * s.cp))[:12]:
         flags = " ".join(f"--{name} {getattr(s, name)}" for name in ("tp", "pp", "cp", "ep", "zero")
-                         if getattr(s, name) != getattr(Sizes, name))
+                         if getattr(s, name) != getattr(Grid, name))
         print(f"{s.dp:4} {s.tp:3} {s.pp:3} {s.cp:3} {s.ep:3} {s.zero:5} {bytes_needed(N, s) / 1e9:14.4f}   {flags}")
     least, most = (f(bytes_needed(N, s) / N for s in fitting) for f in (min, max))
     print(f"{len(fitting)} layouts of {processes} processes fit, {refused} do not: {least:.2f} to {most:.2f} bytes per parameter "

@@ -273,7 +273,7 @@ def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Clus
     layers, tokens = work.n_layers // (pp * V), b * work.context  # of a stage; of a microbatch
     forward = layers * tokens * (24 * work.d_model**2 + 4 * work.context * work.d_model) / (tp * cluster.flops)
     message = work.value_bytes * tokens * work.d_model / tp  # bytes; each tensor-parallel rank sends a slice
-    reduced = 2 * layers * 2 * (tp - 1) / tp * work.value_bytes * tokens * work.d_model  # bytes: 2 all-reduces a layer, ring
+    reduced = 2 * layers * 2 * (tp - 1) / tp * work.value_bytes * tokens * work.d_model  # bytes, 2 all-reduces a layer
     inside = cluster.inside_node if tp <= cluster.gpus_per_node else cluster.between_nodes
     talk = reduced / inside + (2 * layers * cluster.latency if tp > 1 else 0.0)
 

@@ -1,8 +1,9 @@
-"""Train a language model, on one process or many: raw text in, a checkpoint that completes text out.
+"""Train and align a language model, on one process or many: raw text in, models that complete and answer out.
 
 Idea      Everything before this file is a part; this is the program. Text is read, split and packed (data.py),
           turned into tokens (tokenizer.py), a model (gpt.py, llama.py, moe.py) is trained on it by all processes
-          in any layout (layout.py), saved so that nothing is ever lost (checkpoint.py), and asked to write (decode.py).
+          in any layout (layout.py), saved so that nothing is ever lost (checkpoint.py), asked to write (decode.py), and
+          taught to answer (alignment.py: supervised, a reward model, PPO, DPO, GRPO).
 Formula   loss = -(1/n) sum log p(x_t | x_<t) over ALL n tokens of a step, whoever computed them:
           n = batch_tokens = processes * accumulation * micro_batch * context. The number of processes changes
           who does what, never what is learnt.
@@ -13,6 +14,7 @@ Run       python train.py                                           one process
           torchrun --standalone --nproc_per_node=2 train.py         the same run on two
           torchrun --standalone --nproc_per_node=8 train.py --tp 2 --pp 2 --zero 1
           torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz' --out out/124m
+          python train.py --stage dpo --init out/sft                one stage of alignment alone
           python train.py --help                                    every setting and its default
 Test      pytest tests/test_train.py
 """
@@ -40,6 +42,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import alignment
 import checkpoint
 import data
 import decode
@@ -263,9 +266,9 @@ class Trainer:
         return self.world.sum([total * parallel.counts])[0] / (count * windows.context)
 
 
-def sizes_of(c: TrainConfig) -> layout.Sizes:
+def sizes_of(c: TrainConfig) -> layout.Grid:
     """The layout that a run's settings ask for."""
-    return layout.Sizes(c.dp or 1, c.tp, c.pp, c.cp, c.ep, c.zero, c.offload, c.sequence, c.pipeline)
+    return layout.Grid(c.dp or 1, c.tp, c.pp, c.cp, c.ep, c.zero, c.offload, c.sequence, c.pipeline)
 
 
 # --- 3. the run -----------------------------------------------------------------------------
@@ -281,6 +284,11 @@ def decide(settings: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path | 
         ConfigError, CheckpointError: one line that says what to do.
     """
     out = Path(settings.out)
+    aligned = [stage for stage in alignment.STAGES if any((_home(out) / stage).glob("step-*"))]
+    if aligned and settings.stage != "pretrain" and settings.data is None and not (settings.resume or settings.overwrite) \
+            and not any(out.glob("step-*")):
+        raise ConfigError(f"{_home(out) / aligned[0]} already holds a run: --overwrite deletes it, --stage=pretrain ends "
+                          f"before it, --out=DIR writes elsewhere")
     mark, again = out / ".torchrun", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     restarted = again and mark.exists() and mark.read_text() == _this_torchrun()
     found = any(out.glob("step-*"))
@@ -390,6 +398,18 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     _finish(trainer, corpus, loss)
+    if c.stage == "all":
+        del trainer, progress, corpus
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        world.say("--- from the base model to one that answers ---")
+        alignment.run_stages(alignment.AlignConfig(
+            init=c.out, out=str(_home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout,
+            resume=resumed is not None, overwrite=resumed is None and settings.overwrite), world)
+
+
+def _home(out: Path) -> Path:
+    """The directory in which the stages after pretraining have one each: beside out/pretrain, else inside."""
+    return out.parent if out.name == "pretrain" else out
 
 
 def _train(trainer: Trainer, settings: TrainConfig, corpus: Corpus, progress: "Progress", first: int,
@@ -546,6 +566,17 @@ def _finish(trainer: Trainer, corpus: Corpus, loss: float) -> None:
     world.say(f'python decode.py --checkpoint {c.out} --prompt "..."    completes a text')
 
 
+def _stage_alone(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The stage of alignment that is asked for, and the other arguments: its settings are alignment.py's."""
+    for i, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        if name == "--stage":
+            value, behind = (value, i + 1) if value else (*arguments[i + 1:i + 2], "")[:1] + (i + 2,)
+            if value in alignment.STAGES:
+                return value, [*arguments[:i], *arguments[behind:]]
+    return None, arguments
+
+
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 1 another process was lost, 2 the user has to mend something, 128 + n signal n."""
     rank = int(os.environ.get("RANK", 0))
@@ -554,6 +585,9 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: {text}", file=sys.stderr, flush=True)
         return status
 
+    stage, rest = _stage_alone(arguments)
+    if stage:
+        return alignment.main([*rest, f"--stages={stage}"])
     try:
         settings, given = parse(arguments, __doc__)
         refuse_meaningless(settings, given)

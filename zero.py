@@ -9,10 +9,11 @@ Formula   bytes a parameter, 2 (bf16) + 2 (its gradient) + 12 (fp32 copy and Ada
           stage 2   2 + 14/P        the same, each gradient reduced and freed as soon as backward has made it
           stage 3   16/P            and parameters all-gathered before a layer's forward and again before its backward
           in fp32 the chunk is its own fp32 copy: 4 + 4 + 8 bytes: 8 + 8/P, 4 + 12/P, 16/P
-          sent a step, for n bytes of parameters: 2 (P-1)/P n in stages 0, 1, 2 (an all-reduce's bytes), 3 (P-1)/P n in 3
+          sent a step, for n bytes of parameters: 2 (P-1)/P n in stages 0, 1, 2, as an all-reduce; 3 (P-1)/P n in 3
 Shapes    n numbers of a unit -> (P, C), C = ceil(n/P): row r is rank r's, whatever the parameters' shapes
-Omits     optimizers that look at a whole matrix (Adafactor, Muon, LAMB: a rank has a piece of it); NVMe (ZeRO-Infinity);
-          quantised messages (ZeRO++); a communication stream of its own for the offload's copies.
+Omits     optimizers that look at a whole matrix (Adafactor, Muon, LAMB: a rank has a piece of it); NVMe
+          (ZeRO-Infinity); quantised messages (ZeRO++); a stream of its own for the offload's copies. How stage 3's
+          parameters come and go is in gathering.py, the demo in zero_memory.py.
 Run       python zero.py                                2 processes: every stage's bytes and equality, half a minute
           python zero.py --offload --plot zero.png      optimizer in the host's memory (ZeRO-Offload); bars
           torchrun --nproc_per_node 2 zero.py           the same on ranks that torchrun starts
@@ -22,33 +23,22 @@ Test      pytest tests/test_zero.py
 
 from __future__ import annotations
 
-import argparse
-import gc
 import hashlib
 import itertools
 import math
-import os
-import subprocess
 import sys
-import tempfile
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Variable
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 def rank_and_size(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
@@ -69,16 +59,9 @@ def global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
     return dist.get_global_rank(dist.group.WORLD if group is None else group, rank)
 
 
-def bytes_per_parameter(stage: int, P: int, half: bool = True) -> float:
-    """Of parameters, gradients and AdamW's states, on each of P ranks.   Rajbhandari et al. 2020, figure 1"""
-    parameter, gradient, rest = (2, 2, 12) if half else (4, 4, 8)
-    cut = [P if stage >= needed else 1 for needed in (3, 2, 1)]
-    return parameter / cut[0] + gradient / cut[1] + rest / cut[2]
-
-
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.empty``, on a CPU in huge pages, for which numpy asks the system: touching a fresh buffer for the first time
-    costs a fault a page, together more than sending it."""
+    """``torch.empty``, on a CPU in huge pages, for which numpy asks the system: touching fresh memory for the first
+    time costs a fault a page, together more than sending it."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
@@ -146,7 +129,7 @@ def start_reduce_scatter(rows: Tensor, group: dist.ProcessGroup | None = None, t
 # --- 2. parameters, laid end to end and cut -----------------------------------------------------------
 #
 #   flat:  | embedding ............ | norm | W ............. | b | 0 |       n numbers and padding, P chunks of C
-#   chunk: | rank 0 ...... | rank 1 ...... | rank 2 ...... |               owner by position: a parameter may have several
+#   chunk: | rank 0 ...... | rank 1 ...... | rank 2 ...... |            by position: a parameter may have several owners
 
 @dataclass
 class Shard:
@@ -187,6 +170,10 @@ class _Flat:
         """p's part of a (parts, C) tensor, in its shape."""
         return whole.view(-1)[self.first[p]:self.first[p] + p.numel()].view(p.shape)
 
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        """(parts, C), a place for the parameters or their gradients."""
+        return empty((self.parts, self.C), dtype, self.device)
+
     def keep(self, p: nn.Parameter, values: Tensor) -> None:
         """Of p's values, what this rank keeps."""
         start, stop, place = self.owned(p)
@@ -195,15 +182,6 @@ class _Flat:
         self.chunk[place] = values.reshape(-1)[start:stop]
         if self.whole is not None:
             self.view(p, self.whole).copy_(values)
-
-
-class _Unit:
-    """What is gathered and freed together."""
-
-    def __init__(self, index: int, flats: list[_Flat]):
-        self.index, self.flats = index, flats
-        self.active = 0  # forwards that are running
-        self.ready = False
 
 
 # --- 3. ZeRO -------------------------------------------------------------------------------------------
@@ -251,15 +229,15 @@ class ZeRO:
                  bucket_mb: float = 25.0, initialise: Callable[[nn.Module], None] | None = None,
                  device: torch.device | str = "cpu"):
         if stage not in (0, 1, 2, 3) or reduction not in ("mean", "sum") or not bucket_mb > 0 or delayed > offload:
-            raise ValueError("ZeRO needs a stage of 0, 1, 2, 3, reduction \"mean\" or \"sum\", bucket_mb > 0, and offload to "
-                             f"be delayed, got {stage}, {reduction!r}, {bucket_mb}, {offload=} {delayed=}")
+            raise ValueError('ZeRO needs a stage of 0, 1, 2, 3, reduction "mean" or "sum", bucket_mb > 0, and offload '
+                             f"to be delayed, got {stage}, {reduction!r}, {bucket_mb}, {offload=} {delayed=}")
         named = list(model.named_parameters())  # a tied parameter comes once
         if not any(p.requires_grad for _, p in named):
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
         is_meta = {p.is_meta for _, p in named}
         if len(is_meta) > 1 or any(b.is_meta for b in model.buffers()) or initialise is not None and is_meta == {False}:
-            raise ValueError("either all parameters, and no buffers, are on the meta device, or none are, and there is nothing "
-                             "to initialise")
+            raise ValueError("either all parameters, and no buffers, are on the meta device, or none are, and there is "
+                             "nothing to initialise")
         self.model, self.group, self.stage, self.offload, self.delayed = model, group, stage, offload, delayed
         self.rank, self.P = rank_and_size(group)
         self._cut = next((p.cut for _, p in named if hasattr(p, "cut")), None)
@@ -269,20 +247,23 @@ class ZeRO:
             self._start_equal(model, settings, not is_meta)
         dtypes = [p.dtype for _, p in named]
         if is_meta:
+            import gathering
             for _, p in named:
-                _materialise(p, torch.device(device))
-        self._hold(named, self._make_units(named, units, bucket_mb * 2**20), state_dtype)
+                gathering.materialise(p, torch.device(device))
+        self._hold(self._make_units(named, units, bucket_mb * 2**20), state_dtype)
         if initialise is not None:
-            self._draw(named, dtypes, initialise)
+            drawn = gathering.draw(model, dtypes, lambda p, values: self._flat_of[p].keep(p, values), initialise)
+            if self.P > 1:
+                self._agree("ranks drew different values, from generators of different seeds", drawn)
         self._make_optimizer(optimizer, groups or (lambda name, p: {}), named)
-        self._sync, self._pending, self._in_backward, self._next = True, True, False, 0
+        self._sync, self._pending, self._in_backward, self._finished, self._next = True, True, False, False, 0
         self._travelling: list[tuple[_Flat, Callable]] = []
         self._used: set[nn.Parameter] = set()  # in this step, on any rank, once ``finish`` is through
         self._update: threading.Thread | None = None
         self._failure: list[BaseException] = []
-        for flat in self._trained:
-            for p in flat.parameters:
-                p.register_post_accumulate_grad_hook(self._on_gradient)
+        me = weakref.ref(self)  # the collector of garbage does not see a cycle through these hooks
+        for p in (p for flat in self._trained for p in flat.parameters):
+            p.register_post_accumulate_grad_hook(lambda p: me() and me()._on_gradient(p))
 
     # --- at the start ---
 
@@ -307,10 +288,11 @@ class ZeRO:
             first, other = next((a, b) for a, b in pairs if a != b)
             raise ValueError(f"{what}: rank 0 of the group has [{first}], rank {rank} has [{other}]")
 
-    def _make_units(self, named: list, modules: Iterable[nn.Module] | None, limit: float) -> list[_Unit]:
+    def _make_units(self, named: list, modules: Iterable[nn.Module] | None, limit: float) -> list[list[_Flat]]:
         """Stage 3: the rest, then the modules, cut by dtype. Else pieces of up to ``limit`` bytes, from the last
         parameter to the first, as backward makes their gradients."""
-        self._modules = [] if self.stage < 3 else list(getattr(self.model, "blocks", ()) if modules is None else modules)
+        modules = getattr(self.model, "blocks", ()) if modules is None else modules
+        self._modules = list(modules) if self.stage == 3 else []
         if not set(self._modules) <= set(self.model.modules()):
             raise ValueError("units must be modules of the model")
         users = {p: set() for _, p in named}  # the units that it is in, 0 for the rest
@@ -337,18 +319,17 @@ class ZeRO:
             close(key)
         if self.stage < 3:
             units = [[flat] for flat in units[0]]
-        return [_Unit(i, flats) for i, flats in enumerate(units)]
+        return units
 
     @torch.no_grad()
-    def _hold(self, named: list, units: list[_Unit], state_dtype: torch.dtype) -> None:
+    def _hold(self, units: list[list[_Flat]], state_dtype: torch.dtype) -> None:
         """Make the flat buffers, each with the parameters' values, one after the other."""
-        self._units = units
         # Backward ends with the rest: the embedding.
-        self._flats = [flat for unit in ([*reversed(units[1:]), units[0]] if self.stage == 3 else units) for flat in unit.flats]
+        self._flats = sum([*units[1:][::-1], units[0]] if self.stage == 3 else units, [])
         self._trained = [flat for flat in self._flats if flat.trained]
         self._flat_of = {p: flat for flat in self._flats for p in flat.parameters}
-        self._unit_of = {flat: unit for unit in units for flat in unit.flats}
-        self._absent = {}  # (dtype, device) -> one NaN, which a freed parameter shows everywhere
+        if self.stage == 3:
+            import gathering
         for tag, flat in enumerate(self._flats):
             flat.tag = 2 * tag
             size, dtype, device = (flat.parts, flat.C), flat.dtype, flat.device
@@ -357,53 +338,30 @@ class ZeRO:
                 flat.chunk = flat.whole[flat.own]
             else:
                 flat.chunk = torch.zeros(flat.C, dtype=dtype, device=device)
-            flat.master = flat.chunk
+            flat.master, pinned = flat.chunk, self.offload and device.type == "cuda"
             wide = max((torch.promote_types(p.dtype, state_dtype) for p in flat.parameters), key=lambda d: d.itemsize)
             if flat.trained and (self.offload or wide != dtype):
                 host = "cpu" if self.offload else device
-                flat.master = torch.zeros(flat.C, dtype=wide, device=host, pin_memory=self.offload and device.type == "cuda")
+                flat.master = torch.zeros(flat.C, dtype=wide, device=host, pin_memory=pinned)
             if flat.trained:
                 kind = self.grad_dtype or dtype
                 if self.stage < 2:
                     flat.whole_gradient = torch.zeros(size, dtype=kind, device=device)
-                own = flat.whole_gradient[flat.own] if self.stage < 2 and not self.offload else None
-                flat.gradient = torch.zeros(flat.C, dtype=kind, device=flat.master.device,
-                                            pin_memory=flat.master.is_cpu and device.type == "cuda") if own is None else own
+                if self.stage < 2 and not self.offload:
+                    flat.gradient = flat.whole_gradient[flat.own]
+                else:
+                    flat.gradient = torch.zeros(flat.C, dtype=kind, device=flat.master.device, pin_memory=pinned)
                 flat.spare = torch.zeros_like(flat.gradient) if self.delayed else None
             for p in flat.parameters:
                 flat.keep(p, p.detach())
-                p.data = self._nothing(p, dtype) if self.stage == 3 else flat.view(p, flat.whole)
+                if self.stage < 3:
+                    p.data = flat.view(p, flat.whole)
             flat.missing = set(flat.parameters)
+            if self.stage == 3:
+                gathering.absent(flat)  # now, not when all have a copy
         if self.stage == 3:
-            self._watch_modules()
-
-    def _nothing(self, p: nn.Parameter, dtype: torch.dtype) -> Tensor:
-        key = dtype, p.device
-        if key not in self._absent:
-            self._absent[key] = torch.full((), math.nan, dtype=dtype, device=p.device)
-        return self._absent[key].expand(p.shape)
-
-    @torch.no_grad()
-    def _draw(self, named: list, dtypes: list[torch.dtype], initialise: Callable) -> None:
-        """Let ``initialise`` walk over parameters that have values only while it looks at them."""
-        seen = []
-
-        def one_at_a_time(*_, **__) -> Iterator[tuple[str, Tensor]]:
-            for (name, p), dtype in zip(named, dtypes):
-                values = torch.empty(p.shape, dtype=dtype, device=p.device)
-                yield name, values
-                self._flat_of[p].keep(p, values)
-                seen.append(f"{name} {values.reshape(-1)[0].item()} ... {values.reshape(-1)[-1].item()}")
-        self.model.named_parameters = one_at_a_time
-        try:
-            initialise(self.model)
-        finally:
-            del self.model.named_parameters
-        if len(seen) != len(named):
-            raise ValueError(f"initialise went over {len(seen)} of {len(named)} parameters: it has to go once over all of "
-                             "model.named_parameters()")
-        if self.P > 1:
-            self._agree("ranks drew different values, from generators of different seeds", seen)
+            self._gathering = gathering.Gathering(self.model, self._modules, units, lambda flat: start_all_gather(
+                flat.whole, self.group, flat.tag))
 
     def _make_optimizer(self, optimizer: Callable, groups: Callable, named: list) -> None:
         self._masters, made = {}, {}
@@ -420,130 +378,14 @@ class ZeRO:
         self.optimizer: torch.optim.Optimizer = optimizer(list(made.values()))
         self._names = {p: name for name, p in named}
 
-    # --- parameters come and go: stage 3 ---
-    #
-    #   forward    rest | block 1 | block 2 | ... | block L | rest        the next is gathered while this one computes;
-    #   backward   rest | block L | ... | block 2 | block 1               no more than two are there at a time
-    #
-    # Autograd saves views of the weights for backward, which would keep them alive. So what is saved of a weight is where
-    # it was: unpacking it, backward finds out that it needs the unit.
-
-    def _watch_modules(self) -> None:
-        self._current: tuple[_Unit, bool] | None = None
-        self._pinned, self._contexts, self._by_storage = False, [], {}
-        unit_of_module = dict(zip(self._modules, self._units[1:]))
-        for module in self.model.modules():
-            needed = [self._unit_of[self._flat_of[p]] for p in module._parameters.values() if p is not None]
-            rest = self._units[0] if self._units[0] in needed else None
-            unit = unit_of_module.get(module, rest)
-            if unit is not None or module is self.model:
-                module.register_forward_pre_hook(lambda *_, unit=unit: self._before(unit), prepend=True)
-                module.register_forward_hook(lambda *_, unit=unit: self._after(unit), always_call=True)
-        self.model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self._free_all())
-
-    def _before(self, unit: _Unit | None) -> None:
-        if unit is not None:
-            unit.active += 1
-            # a forward inside of backward repeats one, to save its activations
-            self._enter(unit, torch._C._current_graph_task_id() != -1)
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if outer is not None and getattr(outer[0], "of", None) is self:
-            return self._contexts.append(None)
-        outer_pack, outer_unpack = outer or (lambda t: t, lambda t: t)
-
-        def pack(t: Tensor):
-            flat = self._by_storage.get(t.untyped_storage().data_ptr())
-            if flat is None or t.dtype != flat.dtype:
-                return None, outer_pack(t)
-            return flat, (t.size(), t.stride(), t.storage_offset() - flat.whole.storage_offset())
-
-        def unpack(packed):
-            flat, place = packed
-            if flat is None:
-                return outer_unpack(place)
-            self._enter(self._unit_of[flat], True)
-            size, stride, offset = place
-            return flat.whole.as_strided(size, stride, flat.whole.storage_offset() + offset)
-        pack.of = self
-        self._contexts.append(saved_tensors_hooks(pack, unpack))
-        self._contexts[-1].__enter__()
-
-    def _after(self, unit: _Unit | None) -> None:
-        context = self._contexts.pop()
-        if context is not None:
-            context.__exit__(None, None, None)
-        if unit is not None:
-            unit.active -= 1
-
-    @torch.no_grad()
-    def _enter(self, unit: _Unit, backward: bool) -> None:
-        """The unit computes next: have it whole, free the others, and let the one after it come."""
-        if self._current == (unit, backward):
-            return
-        came_from, last = self._current and self._current[0].index, len(self._units) - 1
-        if backward:  # nothing comes behind the first block: the embedding's backward needs no weights
-            following = {0: last, 1: None}.get(unit.index, unit.index - 1)
-        else:  # after the last block the rest again, and then the turn
-            following = 0 if unit.index == last else unit.index + 1
-            following = None if unit.index == 0 and came_from == last else following
-        following = None if following is None else self._units[following]
-        self._current = unit, backward
-        for other in self._units:
-            if other not in (unit, following) and not other.active:
-                self._free(other)
-        self._start(unit)
-        self._wait(unit)
-        if following is not None:
-            self._start(following)
-
-    def _start(self, unit: _Unit) -> None:
-        for flat in unit.flats if not unit.ready else ():
-            if flat.whole is None:
-                flat.whole = empty((flat.parts, flat.C), flat.dtype, flat.device)
-                flat.whole[flat.own] = flat.chunk
-                flat.arriving = start_all_gather(flat.whole, self.group, flat.tag)
-
-    def _wait(self, unit: _Unit) -> None:
-        for flat in unit.flats if not unit.ready else ():
-            flat.arriving()
-            for p in flat.parameters:
-                p.data = flat.view(p, flat.whole)
-            self._by_storage[flat.whole.untyped_storage().data_ptr()] = flat
-        unit.ready = True
-
-    def _free(self, unit: _Unit) -> None:
-        if self._pinned:
-            return
-        for flat in unit.flats:
-            if flat.whole is not None:
-                if not unit.ready:
-                    flat.arriving()  # the backend still writes to it
-                self._by_storage.pop(flat.whole.untyped_storage().data_ptr(), None)
-                for p in flat.parameters:
-                    p.data = self._nothing(p, flat.dtype)
-                flat.whole = flat.arriving = None
-        unit.ready = False
-
-    def _free_all(self) -> None:
+    def _free(self) -> None:
         if self.stage == 3:
-            self._current = None
-            for unit in self._units:
-                self._free(unit)
+            self._gathering.free_all()
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Inside, every parameter is whole on every rank, to be read: for evaluation, decoding, saving. All call it."""
-        if self.stage == 3:
-            for unit in self._units:
-                self._start(unit)
-            for unit in self._units:
-                self._wait(unit)
-            self._pinned = True
-        try:
-            yield
-        finally:
-            self._pinned = False
-            self._free_all()
+    def gathered(self) -> AbstractContextManager:
+        """``with zero.gathered():`` every parameter is whole on every rank, to be read: for evaluation, decoding,
+        saving. All ranks call it."""
+        return self._gathering.gathered() if self.stage == 3 else nullcontext()
 
     # --- gradients ---
 
@@ -567,7 +409,7 @@ class ZeRO:
     def _pack(self, flat: _Flat, p: nn.Parameter) -> None:
         """Move p.grad to the flat gradient."""
         if flat.whole_gradient is None:
-            flat.whole_gradient = empty((flat.parts, flat.C), flat.gradient.dtype, flat.device)
+            flat.whole_gradient = flat.empty(flat.gradient.dtype)
         view = flat.view(p, flat.whole_gradient)
         view.add_(p.grad) if p in flat.held else view.copy_(p.grad)
         flat.held.add(p)
@@ -612,7 +454,7 @@ class ZeRO:
                     self._pack(flat, p)
                 elif p not in flat.held:
                     if flat.whole_gradient is None:
-                        flat.whole_gradient = empty((flat.parts, flat.C), flat.gradient.dtype, flat.device)
+                        flat.whole_gradient = flat.empty(flat.gradient.dtype)
                     flat.view(p, flat.whole_gradient).zero_()
             flat.missing.clear()
             self._send_full()
@@ -633,13 +475,13 @@ class ZeRO:
             self._arrive()
         if self.P > 1:  # an optimizer leaves alone what no rank used
             parameters = [p for flat in self._trained for p in flat.parameters]
-            used = torch.tensor([p in self._used for p in parameters], dtype=torch.float32, device=self._trained[0].device)
+            used = torch.tensor([float(p in self._used) for p in parameters], device=self._trained[0].device)
             dist.all_reduce(used, group=self.group)
             self._used = {p for p, count in zip(parameters, used.tolist()) if count}
         for flat in self._trained:
             flat.missing = set(flat.parameters)
-        self._next, self._pending, self._in_backward = 0, True, False
-        self._free_all()
+        self._next, self._pending, self._in_backward, self._finished = 0, True, False, True
+        self._free()
         if self.offload and self._trained[0].device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
@@ -655,7 +497,10 @@ class ZeRO:
 
     def _gradient(self, p: nn.Parameter) -> Tensor | None:
         flat = self._flat_of[p]
-        return flat.gradient[flat.owned(p)[2]] if p in self._used and flat.filled else None
+        return flat.gradient[flat.owned(p)[2]] if self._finished and p in self._used else None
+
+    def _gradients(self, flat: _Flat) -> dict[nn.Parameter, Tensor | None]:
+        return {p: self._gradient(p) for p in flat.parameters}
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
@@ -693,14 +538,14 @@ class ZeRO:
     def step(self) -> None:
         """Update the own chunk of every flat and bring the parameters to it. All ranks call it."""
         if not self.delayed:
-            self._optimize([(flat, {p: self._gradient(p) for p in flat.parameters}) for flat in self._trained], self._publish)
+            self._optimize([(flat, self._gradients(flat)) for flat in self._trained], self._publish)
             return self._arrive_whole()
         self._join()
         for flat in self._trained:  # of the step before
             self._publish(flat)
         work = []
         for flat in self._trained:
-            work.append((flat, {p: self._gradient(p) for p in flat.parameters}))
+            work.append((flat, self._gradients(flat)))
             flat.gradient, flat.spare = flat.spare, flat.gradient
         self._update = threading.Thread(target=self._in_background, args=(work,))
         self._update.start()
@@ -739,7 +584,7 @@ class ZeRO:
             flat.arriving = start_all_gather(flat.whole, self.group, flat.tag)
 
     def _arrive_whole(self) -> None:
-        self._free_all()
+        self._free()
         for flat in self._flats:
             if self.stage < 3 and flat.arriving is not None:
                 flat.arriving()
@@ -747,7 +592,7 @@ class ZeRO:
 
     def zero_grad(self) -> None:
         """Forget the gradient."""
-        self._used = set()
+        self._used, self._finished = set(), False
         for flat in self._trained:
             flat.filled, flat.held = False, set()
             for p in flat.parameters:
@@ -768,7 +613,8 @@ class ZeRO:
         for p, name in self._names.items():
             start, stop, _ = self._flat_of[p].owned(p)
             state = self.optimizer.state[self._masters[p]] if p.requires_grad and stop > start else {}
-            shards[name] = Shard(name, start, stop, self._masters[p], self._gradient(p) if p.requires_grad else None, state)
+            gradient = self._gradient(p) if p.requires_grad else None
+            shards[name] = Shard(name, start, stop, self._masters[p], gradient, state)
         return shards
 
     @torch.no_grad()
@@ -800,202 +646,11 @@ class ZeRO:
         return held
 
 
-@torch.no_grad()
-def _materialise(p: nn.Parameter, device: torch.device) -> None:
-    """Put a meta parameter on a device, with its shape and no memory: the same object, its hooks and attributes kept."""
-    real = nn.Parameter(torch.zeros((), dtype=p.dtype, device=device).expand(p.shape), p.requires_grad)
-    hooks, attributes = list((p._backward_hooks or {}).values()), dict(p.__dict__)
-    torch.utils.swap_tensors(p, real)
-    p.__dict__.update(attributes)
-    for hook in hooks:
-        p.register_hook(hook)
-
-
-# --- 4. demo ----------------------------------------------------------------------------------------
-
-def every_storage() -> dict[int, torch.UntypedStorage]:
-    """The memory of all tensors that Python can see in this process, by address."""
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some objects complain of being looked at
-        storages = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, Tensor) and not t.is_meta]
-    return {storage.data_ptr(): storage for storage in storages}
-
-
-def every_tensor() -> int:
-    """Bytes of ``every_storage``."""
-    return sum(storage.nbytes() for storage in every_storage().values())
-
-
-class PeakBytes(TorchDispatchMode):
-    """``most``: how many bytes of tensors made inside the context were alive at once, activations and all."""
-
-    def __enter__(self):
-        self.now = self.most = 0
-        self.seen = weakref.WeakSet(every_storage().values())
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for storage in {t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)} - set(self.seen):
-            self.seen.add(storage)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._died, storage.nbytes())
-        return result
-
-    def _died(self, size: int) -> None:
-        self.now -= size
-
-
-def _train(model: nn.Module, zero: ZeRO | None, steps: int, text: Tensor, part: slice, say=lambda zero: None) -> list[float]:
-    """AdamW with clipping on this rank's rows of every batch, in two micro-batches; without ZeRO on one process."""
-    plain = zero or torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses, draw = [], torch.Generator().manual_seed(0)
-    for step in range(steps):
-        starts = torch.randint(len(text) - 17, (8, 1), generator=draw)
-        batch = text[starts + torch.arange(17)]  # (8, T + 1)
-        rows, total = batch[part], 0.0
-        for i, rows in enumerate(batch[part].tensor_split(2)):
-            with zero.no_sync() if zero and i == 0 else nullcontext():
-                logits = model(rows[:, :-1])  # (B, T, V)
-                loss = F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-                                       rows[:, 1:].flatten(), reduction="sum") / (8 * 16)
-                loss.backward()
-            total += loss.item()
-        if zero:
-            zero.finish()
-            say(zero)
-            zero.clip_grad_norm(1.0)
-        else:
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        plain.step()
-        plain.zero_grad()
-        losses.append(total)
-    return losses
-
-
-def _measure(stage: int, options: argparse.Namespace, P: int, text: Tensor, part: slice, make: Callable) -> dict:
-    """Train in bf16 with fp32 copies; what is held when the second step's gradients are there, and the peak."""
-    before, found = every_tensor(), {}
-
-    def look(zero: ZeRO) -> None:
-        found.update(zero.bytes_held(), all=every_tensor() - before)
-    with torch.device("meta"):
-        model = make()
-    n = sum(p.numel() for p in model.parameters())
-    zero = ZeRO(model, torch.optim.AdamW, stage=stage, reduction="sum", dtype=torch.bfloat16, offload=options.offload,
-                initialise=lambda model: model.initialise(torch.Generator().manual_seed(options.seed)))
-    _train(model, zero, 2, text, part, look)
-    resting = every_tensor() - before
-    rows = text[:2][None]  # one token: activations that are nothing beside weights
-    with PeakBytes() as peak:
-        model(rows[:, :1]).float().sum().backward()
-        zero.finish()
-    unit = 2 * max(sum(p.numel() for p in block.parameters()) for block in model.blocks)  # bytes
-    return found | {"n": n, "peak": resting + peak.most, "unit": unit}
-
-
-def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> None:
-    """What every rank runs; rank 0 prints."""
-    from gpt import GPT, GPTConfig
-
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P)
-    torch.set_num_threads(1)
-    say = print if rank == 0 else lambda *words: None
-    text = torch.tensor(list(subprocess.check_output([sys.executable, "-m", "this"])))  # bytes
-    part = slice(rank * 8 // P, (rank + 1) * 8 // P)
-
-    def small() -> nn.Module:
-        return GPT(GPTConfig(vocab_size=128, context=16, n_layers=2, n_heads=2, d_model=32),
-                   generator=torch.Generator().manual_seed(options.seed)).double()
-
-    def large() -> nn.Module:
-        return GPT(GPTConfig(vocab_size=128, context=16, n_layers=8, n_heads=4, d_model=options.width))
-
-    one = small()
-    losses = _train(one, None, options.steps, text, slice(None))
-    say(f"{P} ranks, {options.steps} steps in float64 on one process: loss {losses[0]:.4f} (expected ln 128 = 4.852) "
-        f"-> {losses[-1]:.4f}")
-    error, worst, rows = 0.0, 0.0, []
-    for stage in range(4):
-        model = small()
-        zero = ZeRO(model, lambda groups: torch.optim.AdamW(groups, lr=1e-3), stage=stage, reduction="sum",
-                    offload=options.offload)
-        _train(model, zero, options.steps, text, part)
-        with zero.gathered():
-            error = max(error, *((p - q).abs().max().item() for p, q in zip(one.parameters(), model.parameters())))
-        del zero, model
-    say(f"max |stage 0, 1, 2, 3 - one process| = {error:.1e} over all parameters: "
-        + ("OK, below 1e-10" if error < 1e-10 else "WRONG, expected below 1e-10"))
-
-    where = "of them on the host, which here is the device" if options.offload else "all on the device"
-    found = [_measure(stage, options, P, text, part, large) for stage in range(4)]
-    n, unit = found[0]["n"], found[0]["unit"]
-    say(f"\n{n:,} parameters in bf16; bytes a parameter on rank 0 when the gradients are there, {where}")
-    say("stage   parameters   gradients   states      sum   formula   every tensor of the process     host")
-    for stage, held in enumerate(found):
-        formula = bytes_per_parameter(stage, P) + (2 if options.offload and stage < 2 else 0)
-        each = [held[kind] / n for kind in ("parameters", "gradients", "states")]
-        worst = max(worst, abs(held["all"] / n / formula - 1))
-        say(f"{stage:5} {each[0]:12.3f} {each[1]:11.3f} {each[2]:8.3f} {sum(each):8.3f} {formula:9.3f} "
-            f"{held['all'] / n:29.3f} {held['host'] / n:8.3f}")
-    peak, limit = found[3]["peak"], bytes_per_parameter(3, P) * n + (2 + 2 + (P - 1) / P) * unit
-    say(f"stage 3, most in a step: {peak / n:.3f} bytes a parameter; 16/P, two units of parameters and of gradients, and a "
-        f"message on its way: {limit / n:.3f}: {'OK' if peak < 1.02 * limit else 'WRONG, more'}")
-    if options.plot and rank == 0:
-        _plot(found, P, options.plot)
-    say(f"max |bytes measured / formula - 1| = {worst:.4f}: " + ("OK, below 0.02" if worst < 0.02 else "WRONG, above 0.02"))
-    dist.destroy_process_group()
-
-
-def _plot(found: list[dict], P: int, path: str) -> None:
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    left = [0.0] * 4
-    for kind in ("parameters", "gradients", "states"):
-        widths = [held[kind] / held["n"] for held in found]
-        axes.barh([f"stage {stage}" for stage in range(4)], widths, left=left, label=kind)
-        left = [a + b for a, b in zip(left, widths)]
-    axes.plot([bytes_per_parameter(stage, P) for stage in range(4)], range(4), "k|", markersize=20, label="formula")
-    axes.set(xlabel=f"bytes a parameter on each of {P} ranks, measured")
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-def main() -> None:
-    # Without argparse's usage lines a mistake is answered in one line.
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun (1 to 8)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps in float64")
-    parser.add_argument("--width", type=int, default=192, help="width of the model that is measured, a multiple of 4")
-    parser.add_argument("--offload", action="store_true", help="masters, states and gradients in the host's memory")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the bytes")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
-    options = parser.parse_args()
-    started_by_torchrun = "RANK" in os.environ
-    P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
-    if not 1 <= P <= 8 or options.steps < 1 or options.width < 4 or options.width % 4 or not 0 <= options.seed < 2**62:
-        parser.exit(2, "zero.py: --ranks must be 1 to 8, --steps positive, --width a multiple of 4, --seed 0 .. 2^62 - 1\n")
-    if options.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.exit(2, "zero.py: --plot needs matplotlib: pip install matplotlib\n")
-        if not Path(options.plot).absolute().parent.is_dir() or Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
-            parser.exit(2, f"zero.py: cannot write {options.plot}; give a .png in a folder that exists\n")
-    if started_by_torchrun:
-        return _demo(int(os.environ["RANK"]), P, options, "env://")
-    with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        torch.multiprocessing.spawn(_demo, (P, options, (Path(folder) / "ranks").as_uri()), nprocs=P)
-
+# --- 4. demo: zero_memory.py, beside this file ---------------------------------------------------------
 
 if __name__ == "__main__":
+    import zero_memory
     try:
-        main()
+        zero_memory.main("zero.py")
     except KeyboardInterrupt:
         sys.exit(130)

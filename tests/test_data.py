@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import data
-from data import (DataError, TokenWindows, default_documents, document_hash, pack, read_documents,
-                  split_documents)
+from data import (DataError, TokenWindows, default_documents, document_hash, find_files, pack, read_documents,
+                  read_file, split_documents)
 
 TEXTS = ["one\ntwo", "Grüße, Jürgen ❤ 🎉", "line\u2028separator\x0b and \x85 stay inside", "x" * 5000]
 
@@ -166,7 +166,7 @@ def test_reading_streams(tmp_path):
     first, second = write(tmp_path / "a.jsonl.gz", packed[:-9]), write(tmp_path / "b.txt", b"")
     documents = read_documents(f"{first},{second}")
     assert next(documents) == "first"
-    with pytest.raises(DataError, match="a.jsonl.gz: truncated"):
+    with pytest.raises(DataError, match="a.jsonl.gz, .*truncated"):
         list(documents)
 
 
@@ -185,16 +185,16 @@ BAD_FILES = {
     "binary.txt": (b"ab\0\1\2", "byte 2: NUL"),
     "latin.txt": ("Größe".encode("latin1"), "byte 2: 0xf6 is not UTF-8"),
     "cut.txt": ("Größe".encode()[:3], "byte 2: 0xc3 is not UTF-8"),
-    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2, byte 10: 0xe9 is not UTF-8"),
-    "wide.jsonl": ('{"text": "a"}\n'.encode("utf-16"), "line 1, byte 0: 0xff is not UTF-8"),
-    "cut.jsonl": (b'{"text": "a"}\n{"text": "b', r"line 2: want .* found '{\"text\": \"b' .JSONDecodeError"),
-    "field.jsonl": (b'{"content": "a"}\n', "line 1: want .*KeyError: 'text'"),
-    "null.jsonl": (b'{"text": null}\n', "line 1: want .*NoneType"),
-    "number.jsonl": (b'{"text": 5}\n', "line 1: want .*'int'"),
-    "list.jsonl": (b'["text"]\n', "line 1: want .*TypeError"),
-    "string.jsonl": (b'"text"\n', "line 1: want .*TypeError"),
-    "surrogate.jsonl": (b'{"text": "a\\ud83d"}\n', "line 1: want .*ud83d"),
-    "deep.jsonl": (b'{"text": ' + b"[" * 200_000 + b"\n", "line 1: want .*RecursionError"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2 .from byte 14., byte 10: 0xe9 is not UTF-8"),
+    "wide.jsonl": ('{"text": "a"}\n'.encode("utf-16"), "line 1 .from byte 0., byte 3: NUL"),
+    "cut.jsonl": (b'{"text": "a"}\n{"text": "b', r"line 2 .from byte \d+.: want .* found '{\"text\": \"b' .JSONDecodeError"),
+    "field.jsonl": (b'{"content": "a"}\n', "line 1 .from byte \\d+.: want .*KeyError: 'text'"),
+    "null.jsonl": (b'{"text": null}\n', "line 1 .from byte \\d+.: want .*NoneType"),
+    "number.jsonl": (b'{"text": 5}\n', "line 1 .from byte \\d+.: want .*'int'"),
+    "list.jsonl": (b'["text"]\n', "line 1 .from byte \\d+.: want .*TypeError"),
+    "string.jsonl": (b'"text"\n', "line 1 .from byte \\d+.: want .*TypeError"),
+    "surrogate.jsonl": (b'{"text": "a\\ud83d"}\n', "line 1 .from byte \\d+.: want .*ud83d"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 200_000 + b"\n", "line 1 .from byte \\d+.: want .*RecursionError"),
     "plain.jsonl.gz": (b'{"text": "a"}\n', "not gzip"),
     "cut.jsonl.gz": (GZIPPED[:-20], "truncated or damaged gzip"),
     "header.jsonl.gz": (GZIPPED[:5], "truncated or damaged gzip"),
@@ -258,6 +258,159 @@ def test_bad_pattern_is_refused_at_the_call(tmp_path, monkeypatch, pattern, mess
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message.replace("HERE", os.getcwd())):
         read_documents(pattern)
+
+
+# --- reading on behind what is damaged ------------------------------------------------------
+
+def salvage(path, longest: int | None = None) -> tuple[list[str], list[str], int]:
+    """What read_file gives of a file, and what it says is lost."""
+    lost = []
+    documents = list(read_file(str(path), lambda message, n_bytes: lost.append((message, n_bytes)), longest))
+    assert all(message.startswith(str(path)) and "\n" not in message for message, _ in lost)
+    return documents, [message for message, _ in lost], sum(n_bytes for _, n_bytes in lost)
+
+
+PAGES = [f"Page {i}. " + random.Random(i).randbytes(300 + 40 * i).hex() for i in range(12)]
+MEMBERS = [gzip.compress(warc("conversion", page.encode())) for page in PAGES]
+
+
+def changed(content: bytes, place: int, new: bytes) -> bytes:
+    return content[:place] + new + content[place + len(new):]
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_passed_over_and_named(tmp_path, name):
+    """Whatever stops read_documents does not stop read_file, and is the first thing that it tells."""
+    content, message = BAD_FILES[name]
+    path = write(tmp_path / name, content)
+    documents, lost, _ = salvage(path)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert lost and lost[0] == str(caught.value) and len(documents) <= 4
+
+
+def test_file_without_damage_loses_nothing(tmp_path):
+    path = write(tmp_path / "a.warc.wet.gz", b"".join(MEMBERS))
+    assert salvage(path) == (PAGES, [], 0)
+    padded = write(tmp_path / "b.warc.wet.gz", MEMBERS[0] + bytes(100) + MEMBERS[1] + bytes(70_000) + MEMBERS[2] + bytes(9))
+    assert salvage(padded) == (PAGES[:3], [], 0) == (read(padded), [], 0)  # gzip -t says that zeros behind members are fine
+
+
+@pytest.mark.parametrize("place", [0, 1, 3, 9, 15, 200, -1, -5, -9])
+def test_damaged_gzip_member_loses_its_record_only(tmp_path, place):
+    place %= len(MEMBERS[4])
+    bad = changed(MEMBERS[4], place, bytes([MEMBERS[4][place] ^ 0xFF]))
+    path = write(tmp_path / "a.warc.wet.gz", b"".join(MEMBERS[:4] + [bad] + MEMBERS[5:]))
+    documents, lost, n_bytes = salvage(path)
+    if place == 9:  # the byte that names the operating system
+        assert (documents, lost) == (PAGES, [])
+    else:
+        assert documents == PAGES[:4] + PAGES[5:] and n_bytes == len(bad)
+        start = sum(map(len, MEMBERS[:4]))
+        assert len(lost) == 1 and f", bytes {start} to {start + len(bad)}: truncated or damaged gzip (" in lost[0]
+
+
+def test_truncated_gzip_keeps_what_was_before(tmp_path):
+    whole = b"".join(MEMBERS)
+    for left in (1, 5, 20, 300, len(MEMBERS[-1]) - 1):  # of the last member; with one byte less, its checksum is cut
+        documents, lost, n_bytes = salvage(write(tmp_path / "a.warc.wet.gz", whole[:len(whole) - len(MEMBERS[-1]) + left]))
+        assert documents == PAGES[:-1] + PAGES[-1:] * (left > 300) and n_bytes >= left
+        assert "truncated or damaged gzip (it ends too early)" in lost[0]
+    # One member for the whole file: what was unpacked before the end counts.
+    lines = b"".join(json.dumps({"text": page}).encode() + b"\n" for page in PAGES * 200)
+    documents, lost, _ = salvage(write(tmp_path / "a.jsonl.gz", gzip.compress(lines)[:-10_000]))
+    assert documents == (PAGES * 200)[:len(documents)] and len(documents) > 1000 and 1 <= len(lost) <= 2
+
+
+def test_member_that_spans_many_reads_is_found_again(tmp_path):
+    long = random.Random(5).randbytes(150_000).hex()  # 150 kB compressed: three reads
+    first, second, third = (gzip.compress(warc("conversion", t.encode())) for t in ("First page.", long, "Third page."))
+    assert salvage(write(tmp_path / "a.warc.wet.gz", first + second + third)) == (["First page.", long, "Third page."], [], 0)
+    bad = changed(second, 100_000, bytes(50))
+    documents, lost, n_bytes = salvage(write(tmp_path / "b.warc.wet.gz", first + bad + third))
+    assert documents == ["First page.", "Third page."] and n_bytes >= len(bad) and "damaged gzip" in lost[0]
+
+
+@pytest.mark.parametrize("length", [0, 3, 90, 700, 10**8, 10**12, -1, None])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_record_that_lies_about_its_length_is_lost_alone(tmp_path, length, zipped):
+    records = [warc("conversion", page.encode()) for page in PAGES]
+    true = len(PAGES[3])
+    cover = len(records[4]) + true  # as long as this record and the next: they would become one page
+    for lie in {length, cover} - {true}:
+        records[3] = warc("conversion", PAGES[3].encode(), lie if lie is not None else 0)
+        if lie is None:
+            records[3] = records[3].replace(b"Content-Length: 0\r\n", b"")
+        content = b"".join(map(gzip.compress, records)) if zipped else b"".join(records)
+        documents, lost, n_bytes = salvage(write(tmp_path / f"a.warc.wet{'.gz' * zipped}", content))
+        assert documents == PAGES[:3] + PAGES[4:] and len(lost) == 1 and n_bytes == len(records[3])
+        assert f"record at byte {sum(map(len, records[:3]))} of" in lost[0]
+
+
+def test_wrong_encodings_and_nuls_lose_their_document_only(tmp_path):
+    pages = [b"fine", "Gr\u00f6\u00dfe".encode("latin1"), b"a\0b", "wide".encode("utf-16"), b"also fine"]
+    documents, lost, n_bytes = salvage(write(tmp_path / "a.warc.wet", b"".join(warc("conversion", page) for page in pages)))
+    assert documents == ["fine", "also fine"] and n_bytes == sum(len(warc("conversion", page)) for page in pages[1:4])
+    assert ["0xf6 is not UTF-8" in lost[0], "byte 1: NUL" in lost[1], "NUL, so binary or UTF-16" in lost[2], len(lost)] == [True] * 3 + [3]
+    lines = [b'{"text": "fine"}', b'{"text": "\xe9"}', b'{"text": 1}', b"{", b'{"text": "also fine"}']
+    path = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    documents, lost, n_bytes = salvage(path)
+    assert documents == ["fine", "also fine"] and n_bytes == sum(map(len, lines[1:4])) + 3
+    assert [f"line {i + 1} (from byte {sum(map(len, lines[:i])) + i})" in m for i, m in zip((1, 2, 3), lost)] == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.warc.wet", "a.warc.wet.gz", "a.txt"])
+def test_endless_line_is_passed_over_in_little_memory(tmp_path, name):
+    import tracemalloc
+    huge, wet = 50_000_000, "wet" in name
+    parts = [warc("conversion", t) if wet else b'{"text": "' + t + b'"}\n' for t in (b"first", b"x" * huge, b"last")]
+    path = write(tmp_path / name, b"".join(map(gzip.compress, parts)) if name.endswith("gz") else b"".join(parts))
+    tracemalloc.start()
+    documents, lost, n_bytes = salvage(path, longest=10**6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert documents == ([] if name == "a.txt" else ["first", "last"]) and len(lost) == 1 and n_bytes >= huge
+    assert ("Content-Length is" if wet else "than 1,000,000 bytes") in lost[0]
+    assert peak < 8e6  # some times the longest document that is wanted
+
+
+def test_documents_of_just_the_longest_size_are_kept(tmp_path):
+    for longest, n in ((1000, 1), (999, 0)):
+        assert len(salvage(write(tmp_path / "a.warc.wet", warc("conversion", b"a" * 1000)), longest)[0]) == n
+        assert len(salvage(write(tmp_path / "a.txt", b"a" * 1000), longest)[0]) == n
+        assert len(salvage(write(tmp_path / "a.jsonl", b'{"text": "%b"}\n' % (b"a" * 987)), longest)[0]) == n
+
+
+def test_unreadable_file_is_lost_whole(tmp_path):
+    os.symlink(tmp_path / "gone", tmp_path / "link.txt")
+    assert salvage(tmp_path / "link.txt")[1][0].endswith("cannot be read (No such file or directory): check it and its permissions")
+
+
+def test_random_damage_never_raises_and_never_invents(tmp_path):
+    """200 files with random changes: nothing but DataError's messages, and most pages survive."""
+    random_, survived = random.Random(0), 0
+    for trial in range(200):
+        content = bytearray(b"".join(MEMBERS) if trial % 2 else b"".join(warc("conversion", p.encode()) for p in PAGES))
+        for _ in range(random_.randrange(1, 4)):
+            place = random_.randrange(len(content))
+            kind = random_.randrange(3)
+            if kind == 0:
+                content[place] ^= 1 << random_.randrange(8)
+            elif kind == 1:
+                del content[place:place + random_.randrange(1, 500)]
+            else:
+                content[place:place] = random_.randbytes(random_.randrange(1, 100))
+        documents, _, _ = salvage(write(tmp_path / ("a.warc.wet.gz" if trial % 2 else "a.warc.wet"), bytes(content)))
+        survived += len(set(documents) & set(PAGES))
+        if trial % 2:
+            assert set(documents) <= set(PAGES)  # gzip's checksum catches what is changed
+    assert survived > 200 * 12 * 0.6
+
+
+def test_find_files_matches_glob(tmp_path):
+    for name in ("b.txt", "a.jsonl", "sub/c.md"):
+        write(tmp_path / name, b"x")
+    assert find_files(f"{tmp_path}/**/*.*") == [f"{tmp_path}/{name}" for name in ("a.jsonl", "b.txt", "sub/c.md")]
 
 
 # --- splitting ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from conftest import run_ranks
 import checkpoint
 import layout
 import models
-from layout import ParallelModel, Sizes
+from layout import ParallelModel, Grid
 
 V, T, ROWS, MICROBATCHES = 22, 8, 24, 2  # 22: no multiple of 4, so that the vocabulary is padded
 GPT = ("gpt", {"vocab_size": V, "context": T, "n_layers": 4, "n_heads": 4, "d_model": 16})
@@ -20,15 +20,15 @@ LLAMA = ("llama", {"vocab_size": V, "context": T, "n_layers": 4, "n_heads": 4, "
                    "tied": True})
 MOE = ("moe", LLAMA[1] | {"experts": {"n_experts": 4, "k": 2, "router": "softmax_before"}})
 LAYOUTS = {  # name -> sizes, and the kinds that they are for
-    "dp2": Sizes(dp=2), "dp4": Sizes(dp=4), "tp2": Sizes(tp=2), "tp4": Sizes(tp=4), "tp2 sequence": Sizes(tp=2, sequence=True),
-    "pp2": Sizes(pp=2), "pp4 zb": Sizes(pp=4, schedule="zb"), "pp2 gpipe": Sizes(pp=2, schedule="gpipe"),
-    "cp2": Sizes(cp=2), "cp4": Sizes(cp=4), "dp2 tp2": Sizes(dp=2, tp=2), "tp2 pp2": Sizes(tp=2, pp=2),
-    "cp2 pp2": Sizes(cp=2, pp=2), "tp2 cp2 sequence": Sizes(tp=2, cp=2, sequence=True), "dp2 tp2 pp2": Sizes(dp=2, tp=2, pp=2),
-    "dp2 cp2 pp2": Sizes(dp=2, cp=2, pp=2), "zero1": Sizes(dp=3, zero=1), "zero2": Sizes(dp=4, zero=2), "zero3": Sizes(dp=4, zero=3),
-    "zero3 tp2": Sizes(dp=2, tp=2, zero=3), "zero2 pp2": Sizes(dp=2, pp=2, zero=2), "zero1 offload": Sizes(dp=2, zero=1, offload=True),
-    "zero1 tp2 pp2": Sizes(dp=2, tp=2, pp=2, zero=1), "zero1 pp4": Sizes(dp=2, pp=4, zero=1), "zero3 cp2": Sizes(dp=2, cp=2, zero=3), "tp2 pp2 cp2 sequence": Sizes(tp=2, pp=2, cp=2, sequence=True),
+    "dp2": Grid(dp=2), "dp4": Grid(dp=4), "tp2": Grid(tp=2), "tp4": Grid(tp=4), "tp2 sequence": Grid(tp=2, sequence=True),
+    "pp2": Grid(pp=2), "pp4 zb": Grid(pp=4, schedule="zb"), "pp2 gpipe": Grid(pp=2, schedule="gpipe"),
+    "cp2": Grid(cp=2), "cp4": Grid(cp=4), "dp2 tp2": Grid(dp=2, tp=2), "tp2 pp2": Grid(tp=2, pp=2),
+    "cp2 pp2": Grid(cp=2, pp=2), "tp2 cp2 sequence": Grid(tp=2, cp=2, sequence=True), "dp2 tp2 pp2": Grid(dp=2, tp=2, pp=2),
+    "dp2 cp2 pp2": Grid(dp=2, cp=2, pp=2), "zero1": Grid(dp=3, zero=1), "zero2": Grid(dp=4, zero=2), "zero3": Grid(dp=4, zero=3),
+    "zero3 tp2": Grid(dp=2, tp=2, zero=3), "zero2 pp2": Grid(dp=2, pp=2, zero=2), "zero1 offload": Grid(dp=2, zero=1, offload=True),
+    "zero1 tp2 pp2": Grid(dp=2, tp=2, pp=2, zero=1), "zero1 pp4": Grid(dp=2, pp=4, zero=1), "zero3 cp2": Grid(dp=2, cp=2, zero=3), "tp2 pp2 cp2 sequence": Grid(tp=2, pp=2, cp=2, sequence=True),
 }
-EXPERTS = {"ep2": Sizes(ep=2), "ep4": Sizes(ep=4), "dp2 ep2": Sizes(dp=2, ep=2), "tp2 ep2": Sizes(tp=2, ep=2), "tp2": Sizes(tp=2)}
+EXPERTS = {"ep2": Grid(ep=2), "ep4": Grid(ep=4), "dp2 ep2": Grid(dp=2, ep=2), "tp2 ep2": Grid(tp=2, ep=2), "tp2": Grid(tp=2)}
 
 
 def processes(s):
@@ -68,7 +68,7 @@ def parallel_model(kind, model_sizes, sizes, **options):
 
 
 def assert_trains_as_one_process(model, sizes, tmp_path, tolerance=1e-10):
-    one = parallel_model(*model, Sizes())
+    one = parallel_model(*model, Grid())
     expected = train(one, range(4))
     assert all(norm > 0.1 for _, norm in expected)  # clipping is on
 
@@ -107,8 +107,8 @@ def test_training_with_experts_matches_one_process(name, tmp_path):
 
 # --- checkpoints know no layout ---------------------------------------------------------------------
 
-CROSS = {"one process": Sizes(), "dp4": Sizes(dp=4), "zero1": Sizes(dp=4, zero=1), "zero2": Sizes(dp=4, zero=2),
-         "zero3": Sizes(dp=4, zero=3), "tp2 pp2": Sizes(tp=2, pp=2), "zero3 dp2 tp2": Sizes(dp=2, tp=2, zero=3)}
+CROSS = {"one process": Grid(), "dp4": Grid(dp=4), "zero1": Grid(dp=4, zero=1), "zero2": Grid(dp=4, zero=2),
+         "zero3": Grid(dp=4, zero=3), "tp2 pp2": Grid(tp=2, pp=2), "zero3 dp2 tp2": Grid(dp=2, tp=2, zero=3)}
 
 
 def in_fp32(sizes):
@@ -133,7 +133,7 @@ def saved(tmp_path_factory):
             return checkpoint.save(folder, 4, parallel.tensors(), {}, group=group)
 
         paths[name] = on_ranks(sizes, train_and_save)[0]
-    return paths, train(in_fp32(Sizes()), range(14))[4:]
+    return paths, train(in_fp32(Grid()), range(14))[4:]
 
 
 @pytest.mark.parametrize("name", CROSS)
@@ -178,11 +178,11 @@ def test_a_damaged_piece_is_refused_on_every_rank_before_anything_changes(saved,
 
 def test_another_models_checkpoint_is_refused_on_every_rank(saved):
     def resume(rank):
-        other = ParallelModel(build("gpt", GPT[1] | {"n_layers": 5}), torch.optim.AdamW, decay, Sizes(dp=2))
+        other = ParallelModel(build("gpt", GPT[1] | {"n_layers": 5}), torch.optim.AdamW, decay, Grid(dp=2))
         path = saved[0]["dp4"]
         with pytest.raises(checkpoint.CheckpointError, match="another model: only the model has blocks.4"):
             checkpoint.load_into(path, other.tensors(checkpoint.shapes(path)), dist.group.WORLD)
-        wide = ParallelModel(build("gpt", GPT[1] | {"d_model": 32}), torch.optim.AdamW, decay, Sizes(dp=2))
+        wide = ParallelModel(build("gpt", GPT[1] | {"d_model": 32}), torch.optim.AdamW, decay, Grid(dp=2))
         with pytest.raises(checkpoint.CheckpointError, match=r"another model: .* is \(.*16.*\) in it, \(.*32.*\) here"):
             checkpoint.load_into(path, wide.tensors(checkpoint.shapes(path)), dist.group.WORLD)
 
@@ -211,18 +211,18 @@ def test_boxes_of_a_range_match_brute_force(shape):
 
 
 @pytest.mark.parametrize("sizes, model, T, message", (
-    (Sizes(tp=3), GPT, 8, "--tp=3 cannot share 4 heads, 4 key and value heads and 64 hidden units; 1, 2, 4 can"),
-    (Sizes(tp=3), LLAMA, 8, "1, 2, 4 can"),
-    (Sizes(pp=5), GPT, 8, "--pp=5 stages need as many blocks, the model has 4: --pp=4 at most"),
-    (Sizes(cp=2), GPT, 6, "2 \\* 2 divides, 6 is not: 4 is"),
-    (Sizes(sequence=True), GPT, 8, "tp has to be more than 1"),
-    (Sizes(tp=2, sequence=True), GPT, 7, "--sequence divides 7 positions"),
-    (Sizes(ep=2), GPT, 8, "--ep=2 does not divide 0 experts; only --model=moe has any"),
-    (Sizes(ep=3), MOE, 8, "--ep=3 does not divide 4 experts; 1, 2, 4 do"),
-    (Sizes(pp=2), MOE, 8, "a moe takes --dp, --tp and --ep"),
-    (Sizes(ep=2, dp=2, zero=1), MOE, 8, "take one of them"),
-    (Sizes(dp=2, pp=2, zero=3), GPT, 8, "--zero=1 or 2 with --pp"),
-    (Sizes(offload=True), GPT, 8, "needs --zero=1, 2 or 3")), ids=str)
+    (Grid(tp=3), GPT, 8, "--tp=3 cannot share 4 heads, 4 key and value heads and 64 hidden units; 1, 2, 4 can"),
+    (Grid(tp=3), LLAMA, 8, "1, 2, 4 can"),
+    (Grid(pp=5), GPT, 8, "--pp=5 stages need as many blocks, the model has 4: --pp=4 at most"),
+    (Grid(cp=2), GPT, 6, "2 \\* 2 divides, 6 is not: 4 is"),
+    (Grid(sequence=True), GPT, 8, "tp has to be more than 1"),
+    (Grid(tp=2, sequence=True), GPT, 7, "--sequence divides 7 positions"),
+    (Grid(ep=2), GPT, 8, "--ep=2 does not divide 0 experts; only --model=moe has any"),
+    (Grid(ep=3), MOE, 8, "--ep=3 does not divide 4 experts; 1, 2, 4 do"),
+    (Grid(pp=2), MOE, 8, "a moe takes --dp, --tp and --ep"),
+    (Grid(ep=2, dp=2, zero=1), MOE, 8, "take one of them"),
+    (Grid(dp=2, pp=2, zero=3), GPT, 8, "--zero=1 or 2 with --pp"),
+    (Grid(offload=True), GPT, 8, "needs --zero=1, 2 or 3")), ids=str)
 def test_layouts_that_do_not_fit_are_refused_with_what_would(sizes, model, T, message):
     with pytest.raises(ValueError, match=message):
         layout.check(sizes, *model, T)
@@ -243,7 +243,7 @@ def test_evaluation_matches_one_process_and_does_not_count_what_it_should_not():
     logits = build(*GPT)(inputs)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum").item()
 
-    for sizes in (Sizes(tp=2), Sizes(pp=2), Sizes(cp=2), Sizes(dp=2, zero=3)):
+    for sizes in (Grid(tp=2), Grid(pp=2), Grid(cp=2), Grid(dp=2, zero=3)):
         def on_rank(rank, sizes=sizes):
             parallel = parallel_model(*GPT, sizes)
             mine = (t.chunk(sizes.parts)[parallel.part] for t in (inputs, targets))

@@ -1,0 +1,388 @@
+"""Alignment: from a base model to a chat model, in one command.   Ouyang et al. 2022 (2203.02155)
+
+Idea      A base model is shown answers (sft). It answers, a labeller says which of two answers is better, and a reward
+          model learns that (reward). Then the policy learns: from rewards of answers that it writes itself, by PPO or
+          GRPO, or from the labelled pairs alone (dpo). At the end all are judged on questions that none has seen.
+Formula   of the stages: stages.py.   win rate = P(gold > SFT's) + P(equal) / 2, per question
+          95 % interval of a mean: +- 1.96 s / sqrt(n)
+Shapes    out/sft, out/reward, out/ppo, out/dpo, out/grpo: checkpoints as train.py's, metrics.jsonl;
+          out/sft/preferences.jsonl: {"prompt", "chosen", "rejected", "held_out"}; out/evaluation.json: the table
+Omits     bf16, sharded policies (every process holds its models whole), adapters, several rounds of labelling.
+Run       python alignment.py --init out/pretrain          all stages, on what train.py wrote: 6 minutes
+          torchrun --standalone --nproc_per_node=2 alignment.py --init out/pretrain   the same on two: 3 minutes
+          python alignment.py --init out/sft --stages dpo    one stage from a fine-tuned model
+          Ends with "win rate against SFT: ..."
+Test      pytest tests/test_alignment.py
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+STAGES = ("sft", "reward", "ppo", "dpo", "grpo")
+
+
+class AlignmentError(ValueError):
+    """A setting or a file that the user has to mend; the message is one line that says which and how."""
+
+
+# --- 1. the settings ------------------------------------------------------------------------
+
+def _setting(default, help: str, least: float | None = None, choices: tuple = ()):
+    metadata = {"help": help, "least": least, "below": None, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class AlignConfig:
+    """Every setting of the stages; each field is a flag. None means derived: the help says how."""
+
+    stages: str = _setting("sft,reward,ppo,dpo,grpo", "which to run, in this order; ppo and grpo need the reward model")
+    init: str | None = _setting(None, "model to start from; derived: OUT/pretrain for sft, else OUT/sft")
+    reward_model: str | None = _setting(None, "for ppo and grpo; derived: OUT/reward")
+    out: str = _setting("out", "directory in which each stage has one of its own")
+    instructions: str | None = _setting(None, 'JSON lines {"prompt", "response"} or {"messages"}; derived: Python\'s '
+                                              "documentation asked about")
+    preferences: str | None = _setting(None, 'JSON lines {"prompt", "chosen", "rejected"}; derived: the fine-tuned '
+                                             "model's answers, as a labeller's rule prefers")
+    held_out: float = _setting(0.15, "share of the questions kept for evaluation", 0.001)
+    new_tokens: int = _setting(24, "longest answer", 1)
+    max_gradient: float = _setting(1.0, "largest norm of a gradient; 0 turns clipping off", 0)
+    sft_epochs: int = _setting(4, "passes over the instructions", 1)
+    sft_batch: int = _setting(32, "conversations per step", 1)
+    sft_lr: float = _setting(1e-3, "peak learning rate", 0)
+    pairs: int = _setting(4000, "questions to which two answers are compared", 2)
+    reward_epochs: int = _setting(2, "passes over the pairs", 1)
+    reward_batch: int = _setting(32, "pairs per step", 1)
+    reward_lr: float = _setting(1e-3, "peak learning rate", 0)
+    ppo_steps: int = _setting(14, "batches of answers", 1)
+    ppo_batch: int = _setting(128, "answers per batch", 2)
+    ppo_epochs: int = _setting(2, "passes over a batch", 1)
+    ppo_minibatches: int = _setting(2, "optimizer steps per pass", 1)
+    ppo_lr: float = _setting(3e-4, "peak learning rate", 0)
+    ppo_kl: float = _setting(0.2, "price of a nat of divergence from the fine-tuned model, at first", 0)
+    ppo_kl_target: float = _setting(4.0, "nats per answer that the price is adapted to; 0: it stays", 0)
+    dpo_epochs: int = _setting(1, "passes over the pairs", 1)
+    dpo_batch: int = _setting(32, "pairs per step", 1)
+    dpo_lr: float = _setting(2e-4, "peak learning rate", 0)
+    dpo_beta: float = _setting(0.2, "price of a nat of divergence", 0)
+    grpo_steps: int = _setting(16, "batches of answers", 1)
+    grpo_batch: int = _setting(128, "answers per batch", 2)
+    grpo_group: int = _setting(8, "answers to each question", 2)
+    grpo_lr: float = _setting(3e-4, "peak learning rate", 0)
+    grpo_kl: float = _setting(0.1, "price of a nat of divergence per token", 0)
+    evaluation_prompts: int = _setting(1000, "held-out questions answered at the end, at most", 1)
+    seed: int = _setting(0, "of the order of examples and of answers", 0)
+    device: str | None = _setting(None, "cpu, cuda or mps; derived: the best that is here")
+    timeout: int = _setting(600, "seconds after which a silent process counts as lost", 1)
+    save_every: int | None = _setting(None, "steps between checkpoints; derived: a fifth of the stage", 1)
+    resume: bool = _setting(False, "go on from the newest checkpoints in --out; stages that are done stay")
+    overwrite: bool = _setting(False, "start again although --out holds such stages: they are deleted")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            if isinstance(value, float) and not math.isfinite(value) or None not in (value, least) and value < least:
+                raise AlignmentError(f"--{field.name} must be a number of at least {least}, got {value}")
+        unknown = set(self.chosen()) - set(STAGES)
+        if unknown or not self.chosen():
+            raise AlignmentError(f"--stages={self.stages}: choose from {','.join(STAGES)}")
+        if self.grpo_batch % self.grpo_group:
+            raise AlignmentError(f"--grpo_batch={self.grpo_batch} is no multiple of --grpo_group={self.grpo_group}")
+        if self.resume and self.overwrite:
+            raise AlignmentError("--resume goes on and --overwrite starts again: give one of them")
+        if not self.held_out < 1:
+            raise AlignmentError(f"--held_out must be below 1, got {self.held_out}")
+
+    def chosen(self) -> list[str]:
+        """The stages to run, in the order in which they build on each other."""
+        names = [name.strip() for name in self.stages.split(",") if name.strip()]
+        return sorted(dict.fromkeys(names), key=lambda name: STAGES.index(name) if name in STAGES else -1)
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage writes."""
+        return Path(self.out) / stage
+
+
+# --- 2. questions, and answers compared -----------------------------------------------------
+
+@dataclass
+class Questions:
+    """What is learnt from and judged by: conversations, prompts that need answers, and who compares these."""
+    train: list  # chat.Conversation
+    held_out: list
+    labeller: object | None  # labeller.Labeller; None: the pairs come from a file
+
+
+def read_questions(config: AlignConfig, encoding, context: int) -> Questions:
+    """The instructions of a file, or those that every machine has, without the questions that would fill the context.
+    ValueError with the number of a bad line."""
+    import chat
+    import labeller
+    given = config.instructions is not None
+    own = [] if given else labeller.default_questions()
+    if given:
+        conversations = chat.read_conversations(config.instructions)
+    else:
+        conversations = [chat.Conversation([*chat.ask(question), {"role": "assistant", "content": sentence}], question)
+                         for question, sentence in own]
+        conversations = [c for c in conversations if len(chat.render_prompt(encoding, c.messages[:-1])) < context]
+        if not conversations:
+            raise AlignmentError(f"each of the {len(own):,} questions fills the model's context of {context}: train "
+                                 "one with a larger --context, or give --instructions")
+    train, held_out = chat.split_conversations(conversations, config.held_out)
+    by_rule = not given and config.preferences is None
+    return Questions(train, held_out, labeller.make_labeller(a for _, a in own) if by_rule else None)
+
+
+def compare_answers(config: AlignConfig, world, questions: Questions, sft: str | Path) -> tuple[list, list]:
+    """(pairs to learn from, pairs held out), of chat.Preference: a file's, or those in the fine-tuned model's folder.
+    If there are none yet, the model answers each question twice and the labeller says which answer is better."""
+    import chat
+    import stages
+    if config.preferences is not None:
+        pairs = chat.read_preferences(config.preferences)
+        as_conversations = [chat.Conversation(pair.messages, pair.where) for pair in pairs]
+        _, aside = chat.split_conversations(as_conversations, config.held_out)
+        aside = {conversation.where for conversation in aside}
+        return [p for p in pairs if p.where not in aside], [p for p in pairs if p.where in aside]
+    if questions.labeller is None:
+        raise AlignmentError("--instructions has no labeller: give --preferences too, for reward, ppo, dpo and grpo")
+    path = Path(sft) / "preferences.jsonl"
+    if world.first(lambda: not path.exists()):
+        model, encoding = stages.load_policy(sft, world.device)
+        asked, lines, began = [], [], time.perf_counter()
+        for side in (questions.train[:config.pairs], questions.held_out):
+            asked += [c.messages[0]["content"] for c in side]
+        conversations, both = [chat.ask(question) for question in asked], []
+        for which in (0, 1):
+            _, texts = stages.sample_answers(model, encoding, conversations, config, world, (1, which))
+            both.append([text for part in world.gather(texts) for text in part])
+        held_out = {c.messages[0]["content"] for c in questions.held_out}
+        for question, *answers in zip(asked, *both):
+            which = questions.labeller.prefers(question, *answers) if all(answers) else 0
+            if which:
+                chosen, rejected = answers[::which]
+                lines.append({"prompt": question, "chosen": chosen, "rejected": rejected,
+                              "held_out": question in held_out})
+        world.say(f"{len(asked)} questions answered twice by {sft} in {time.perf_counter() - began:.0f} s, "
+                  f"{len(lines)} pairs in {path}")
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        world.agree(lambda: _write_whole(path, text), here=world.rank == 0)
+    aside = [json.loads(line)["held_out"] for line in path.read_text().splitlines()]
+    if len(set(aside)) < 2:
+        raise AlignmentError(f"{path}: of the {len(aside)} pairs none is left to learn from or none to judge by: more "
+                             "--pairs, or a model that answers better (more --sft_epochs)")
+    pairs = chat.read_preferences(path)
+    return [p for p, out in zip(pairs, aside) if not out], [p for p, out in zip(pairs, aside) if out]
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_suffix(".new")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+# --- 3. the evaluation ----------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate_policies(config: AlignConfig, world, questions: Questions, pairs: tuple[list, list],
+                      models: dict[str, str], reward_model: str | None) -> list[dict]:
+    """One line per model: held-out loss, and of its sampled answers to the held-out questions the gold reward with its
+    95 % interval, how often it beats SFT's, the reward model's score, KL from SFT in nats per answer, length in tokens.
+
+    ``models``: name -> directory; "sft" is one of the names.
+    """
+    import chat
+    import stages
+    import rlhf
+    judge = stages.load_reward_model(reward_model, world.device) if reward_model else None
+    reference, encoding = stages.load_policy(models["sft"], world.device)
+    context, labeller = reference.config.context, questions.labeller
+    _, prompts = stages.prompts_of(questions, pairs, encoding, context)
+    prompts = prompts[:config.evaluation_prompts]
+    examples = [chat.fit_example(encoding, c.messages, context, c.where) for c in questions.held_out]
+    examples = examples[world.rank::world.size]
+    table, gold = [], {}
+    for name in sorted(models, key=lambda name: name != "sft"):  # first what the others are compared with
+        model, _ = stages.load_policy(models[name], world.device)
+        loss = count = 0.0
+        for i in range(0, len(examples), 32):
+            tokens, mask, _ = chat.pad(examples[i:i + 32], world.device)
+            loss -= (rlhf.aligned_log_probs(model, tokens) * mask).sum().item()
+            count += mask.sum().item()
+        found, texts = stages.sample_answers(model, encoding, prompts, config, world, (5,))
+        kl = ((found.log_probs - stages.answer_log_probs(reference, found)) * found.mask).sum().item()
+        score = 0.0 if judge is None else stages.scores_of(judge, found).sum().item()
+        loss, count, kl, length, score = world.sum([loss, count, kl, found.mask.sum().item(), score])
+        n = len(prompts)
+        line = {"model": name, "held_out_loss": loss / count, "kl": kl / n, "length": length / n}
+        line |= {} if judge is None else {"score": score / n}
+        if labeller is not None:
+            asked = [messages[-1]["content"] for messages in prompts]
+            texts = [text for part in world.gather(texts) for text in part]
+            gold[name] = torch.tensor([labeller.gold(q, text) for q, text in zip(asked, texts)], dtype=torch.float64)
+            line["gold"], line["interval"] = gold[name].mean().item(), 1.96 * gold[name].std().item() / math.sqrt(n)
+            wins = (gold[name] > gold["sft"]).double() + 0.5 * (gold[name] == gold["sft"])
+            line["win_rate"] = wins.mean().item()
+        greedy = decode_greedily(model, encoding, prompts[:3], config)
+        table.append(line | {"answers": [[m[-1]["content"], text] for m, text in zip(prompts, greedy)]})
+    order = list(models)
+    return sorted(table, key=lambda line: order.index(line["model"]))
+
+
+def decode_greedily(model: nn.Module, encoding, prompts: Sequence[list], config: AlignConfig) -> list[str]:
+    """The likeliest answer, token by token, to each of a few conversations."""
+    import chat
+    import rollout
+    tokens = [chat.render_prompt(encoding, messages) for messages in prompts]
+    found = rollout.generate_rollout(model, tokens, config.new_tokens, temperature=0,
+                                     stop_tokens=[encoding.encode_single_token(chat.END)])
+    return [" ".join(chat.answer_text(encoding, response).split()) for response in found.responses()]
+
+
+def format_table(table: list[dict]) -> str:
+    """The table as text, and three questions as each model answers them."""
+    columns = (("held-out loss", "held_out_loss", ".3f"), ("reward model", "score", ".2f"),
+               ("gold reward", "gold", ".3f"), ("+-", "interval", ".3f"), ("win rate", "win_rate", ".1%"),
+               ("KL", "kl", ".2f"), ("length", "length", ".1f"))
+    rows = ["model " + "".join(f"{title:>14}" for title, _, _ in columns)]
+    for line in table:
+        cells = [format(line[key], form) if key in line else "-" for _, key, form in columns]
+        rows.append(f"{line['model']:6}" + "".join(f"{cell:>14}" for cell in cells))
+    for i, (question, _) in enumerate(table[0]["answers"]):
+        rows += ["", question] + [f"  {line['model']:6} {line['answers'][i][1]}" for line in table]
+    return "\n".join(rows)
+
+
+# --- 4. the run -----------------------------------------------------------------------------
+
+def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) -> list[dict]:
+    """Run the stages (None: the config's) from the model in ``config.init`` to the table, which it prints and returns.
+
+    Args:
+        world: processes.World, of processes that all call this.
+
+    Raises:
+        ValueError, processes.ProcessError: one line each; what was saved before stays.
+    """
+    import checkpoint
+    import stages
+    chosen = list(config.chosen() if chosen is None else chosen)
+    begins_with_sft = chosen[0] == "sft"
+    init = config.init or str(config.folder("pretrain" if begins_with_sft else "sft"))
+    tuned = str(config.folder("sft")) if begins_with_sft else init
+    judge = str(config.folder("reward")) if "reward" in chosen else config.reward_model or str(config.folder("reward"))
+    world.first(lambda: _refuse(config, chosen, judge))
+    model, encoding = world.agree(lambda: stages.load_policy(init))
+    questions = world.agree(lambda: read_questions(config, encoding, model.config.context))
+    del model
+    if config.overwrite and world.rank == 0:
+        for stage in chosen:
+            for old in [*config.folder(stage).glob("step-*")]:
+                checkpoint.remove(old)
+            for name in ("metrics.jsonl", "preferences.jsonl"):
+                (config.folder(stage) / name).unlink(missing_ok=True)
+    world.say(f"{len(questions.train):,} conversations to learn from, {len(questions.held_out):,} held out; stages "
+              f"{', '.join(chosen)} from {init}")
+    began = time.perf_counter()
+    if begins_with_sft:
+        stages.run_sft(config, world, questions, init)
+    pairs: tuple[list, list] = ([], [])
+    if chosen != ["sft"]:
+        pairs = compare_answers(config, world, questions, tuned)
+    for stage in chosen:
+        if stage == "reward":
+            found = stages.run_reward(config, world, pairs, tuned)
+            world.agree(lambda: _write_whole(Path(judge) / "held_out.json", json.dumps(found)), here=world.rank == 0)
+        elif stage == "ppo":
+            stages.run_ppo(config, world, questions, pairs, tuned, judge)
+        elif stage == "dpo":
+            stages.run_dpo(config, world, pairs, tuned)
+        elif stage == "grpo":
+            stages.run_grpo(config, world, questions, pairs, tuned, judge)
+    policies = ({"base": init} if begins_with_sft else {}) | {"sft": tuned}
+    policies |= {stage: str(config.folder(stage)) for stage in chosen if stage not in ("sft", "reward")}
+    has_judge = bool(list(Path(judge).glob("step-*"))) or "reward" in chosen
+    table = evaluate_policies(config, world, questions, pairs, policies, judge if has_judge else None)
+    world.say("\n" + format_table(table) + "\n")
+    held_out = Path(judge) / "held_out.json"
+    accuracy = json.loads(held_out.read_text()) if held_out.exists() else None
+    verdict = [] if accuracy is None else [f"reward model right on {accuracy['accuracy']:.1%} of {accuracy['pairs']} "
+                                           "held-out pairs (expected at least 80%)"]
+    wins = [f"{line['model']} {line['win_rate']:.1%}" for line in table if line["model"] not in ("base", "sft")
+            and "win_rate" in line]
+    verdict += [f"win rate against SFT: {', '.join(wins)} (expected at least 65%)"] if wins else []
+    if world.rank == 0:
+        _write_whole(Path(config.out) / "evaluation.json", json.dumps({"table": table, "reward": accuracy}, indent=1))
+    best = [stage for stage in chosen if stage != "reward"]
+    if best:
+        talker = config.folder("ppo" if "ppo" in best else best[-1])
+        world.say(f"python decode.py --checkpoint {talker} --chat    talks")
+    world.say(f"aligned in {time.perf_counter() - began:.0f} s; " + ("; ".join(verdict) or f"saved in {config.out}"))
+    return table
+
+
+def _refuse(config: AlignConfig, chosen: list[str], judge: str) -> None:
+    for stage in chosen:
+        if any(config.folder(stage).glob("step-*")) and not (config.resume or config.overwrite):
+            raise AlignmentError(f"{config.folder(stage)} already holds a run: --resume goes on with it, --overwrite "
+                                 "starts again, --out=DIR writes elsewhere")
+    if {"ppo", "grpo"} & set(chosen) and "reward" not in chosen and not any(Path(judge).glob("step-*")):
+        raise AlignmentError(f"{judge} holds no reward model: run the stage reward before, or give --reward_model=DIR")
+
+
+def _parse(arguments: list[str]) -> AlignConfig:
+    """Command line -> config. AlignmentError for an unknown flag or a value that cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def fail(message: str):
+        raise AlignmentError(message)
+
+    parser.error = fail
+    for field in dataclasses.fields(AlignConfig):
+        help = field.metadata["help"] + (f" (default {field.default})" if field.default is not None else "")
+        kind = str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")
+        if kind == "bool":
+            parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
+        else:
+            parser.add_argument(f"--{field.name}", type={"int": int, "float": float}.get(kind, str),
+                                default=field.default, help=help.replace("%", "%%"))
+    return AlignConfig(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 done, 2 the user has to mend something, 130 Ctrl-C."""
+    import processes
+    try:
+        config = _parse(arguments)
+        run_stages(config, processes.join(config.device, config.timeout))
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"alignment.py: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        import torch.distributed as dist
+        with contextlib.suppress(Exception):
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,355 @@
+"""Chat: conversations as tokens, with a mask of what to learn.     Ouyang et al. 2022 (InstructGPT, 2203.02155)
+
+Idea      A base model continues text; an assistant answers. Special tokens that no text can spell mark who speaks
+          and where a turn ends. The model learns to write the assistant's turns and nothing else: its loss counts
+          their tokens, and the <|end|> after each, so that it learns to stop.
+Formula   <|user|> question <|end|> <|assistant|> answer <|end|>  ...         one conversation, as often as it goes on
+          mask     0         0       0        0         1      1              -log P(answer <|end|> | all before)
+Shapes    conversations -> tokens (B, T) int64, mask (B, T) fp32: mask[b, t] = 1 if token t of row b is to be learnt.
+          Packing: a row is one conversation, padded on the right; rows of like length share a batch, so that little
+          is padding. In a causal model no token sees another conversation, or padding; positions start at 0.
+Omits     tools and images; several conversations in one row, which needs attention kernels of variable length.
+Run       python chat.py                          questions and answers from Python's documentation: 5 s
+          python chat.py --data my/pairs.jsonl    checks a file: {"prompt", "response"}, {"messages": [...]}, or
+                                                  {"prompt", "chosen", "rejected"} on each line
+          Ends with "packed = alone: True ..."
+Test      pytest tests/test_chat.py
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+ROLES = ("system", "user", "assistant")
+END = "<|end|>"
+SPECIAL_TOKENS = (*(f"<|{role}|>" for role in ROLES), END)
+
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+
+
+# --- 1. room in the vocabulary and in the model ---------------------------------------------
+
+def extend(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
+    """The same encoding with SPECIAL_TOKENS behind its last id; those that it has already keep theirs."""
+    special = dict(encoding._special_tokens)
+    for token in SPECIAL_TOKENS:
+        special.setdefault(token, max(encoding.max_token_value, *special.values()) + 1)
+    if len(special) == len(encoding._special_tokens):
+        return encoding
+    return tiktoken.Encoding(f"{encoding.name.removesuffix('_chat')}_chat", pat_str=encoding._pat_str,
+                             mergeable_ranks=encoding._mergeable_ranks, special_tokens=special)
+
+
+@torch.no_grad()
+def resize_vocabulary(model: nn.Module, vocab_size: int, generator: torch.Generator | None = None) -> None:
+    """Give a model rows for ``vocab_size`` ids, in place; logits of the ids that it has stay as they are.
+
+    A new row is the mean of the old ones and a hundredth of their spread: at random it would have logits like no
+    other's, and one that is too large takes probability from every other (Hewitt 2021). A model that has rows
+    enough (vocabularies padded to a round size) is left alone.
+    """
+    old = model.config.vocab_size
+    if vocab_size <= old:
+        return
+    for name in ("token_embedding", "output"):  # a tied model has no output
+        layer = getattr(model, name, None)
+        if layer is not None:
+            w = layer.weight
+            noise = torch.randn(vocab_size - old, w.size(1), generator=generator).to(w)
+            rows = torch.cat((w, w.mean(0) + 0.01 * w.std(0) * noise))  # (vocab_size, D)
+            layer.weight = nn.Parameter(rows, requires_grad=w.requires_grad)
+            setattr(layer, "num_embeddings" if name == "token_embedding" else "out_features", vocab_size)
+    model.config = dataclasses.replace(model.config, vocab_size=vocab_size)
+
+
+# --- 2. the template ------------------------------------------------------------------------
+
+def render(encoding: tiktoken.Encoding, messages: Sequence[Message]) -> tuple[list[int], list[float]]:
+    """A conversation's tokens, and a mask that is 1 on the assistant's words and the <|end|> behind them.
+
+    ``encoding`` is one of ``extend``. What a message spells out, "<|end|>" too, stays text: nobody can end a turn
+    but the template. Raises ValueError for a role that is none of ROLES.
+    """
+    tokens, mask, end = [], [], encoding.encode_single_token(END)
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise ValueError(f"role {message['role']!r} is none of {', '.join(ROLES)}")
+        content = encoding.encode_ordinary(message["content"]) + [end]
+        tokens += [encoding.encode_single_token(f"<|{message['role']}|>"), *content]
+        mask += [0.0] + [float(message["role"] == "assistant")] * len(content)
+    return tokens, mask
+
+
+def render_prompt(encoding: tiktoken.Encoding, messages: Sequence[Message]) -> list[int]:
+    """The tokens of a conversation, and the <|assistant|> behind which the model goes on."""
+    return render(encoding, messages)[0] + [encoding.encode_single_token("<|assistant|>")]
+
+
+def answer_text(encoding: tiktoken.Encoding, tokens: Sequence[int]) -> str:
+    """What an answer's tokens say, up to its <|end|>; special tokens say nothing."""
+    tokens, special = list(tokens), set(encoding._special_tokens.values())
+    end = encoding.encode_single_token(END)
+    tokens = tokens[:tokens.index(end)] if end in tokens else tokens
+    words = [token for token in tokens if token not in special and token <= encoding.max_token_value]
+    return encoding.decode_bytes(words).decode("utf-8", "replace").strip()
+
+
+def ask(question: str) -> list[Message]:
+    """A conversation of one question."""
+    return [{"role": "user", "content": question}]
+
+
+# --- 3. examples: tokens that fit the context -----------------------------------------------
+
+@dataclass
+class Conversation:
+    """Messages that hold at least one answer; ``where`` names its line for the messages of errors."""
+    messages: list[Message]
+    where: str
+
+
+@dataclass
+class Preference:
+    """Of two answers to one conversation, the one that was preferred and the other."""
+    messages: list[Message]
+    chosen: str
+    rejected: str
+    where: str
+
+
+Example = tuple[list[int], list[float]]  # tokens, mask: as ``render``
+
+
+def fit_example(encoding: tiktoken.Encoding, messages: Sequence[Message], context: int, where: str) -> Example:
+    """``render``, cut behind ``context`` tokens. ValueError if then no token of an answer is left to learn."""
+    tokens, mask = render(encoding, messages)
+    if not any(mask[:context]):
+        raise ValueError(f"{where}: the prompt of {mask.index(1.0)} tokens fills the context of {context}: "
+                         "shorten it, or train a model with a larger --context")
+    return tokens[:context], mask[:context]
+
+
+def fit_pair(encoding: tiktoken.Encoding, pair: Preference, context: int) -> tuple[Example, Example]:
+    """The chosen and the rejected conversation, the mask on the last answer alone. ValueError as ``fit_example``, or if
+    both are the same up to the context."""
+    prompt = render_prompt(encoding, pair.messages)
+    both = []
+    for answer in (pair.chosen, pair.rejected):
+        messages = [*pair.messages, {"role": "assistant", "content": answer}]
+        tokens, _ = fit_example(encoding, messages, context, pair.where)
+        if len(prompt) >= context:  # an earlier turn may have had an answer to learn
+            raise ValueError(f"{pair.where}: the prompt of {len(prompt)} tokens fills the context of {context}: "
+                             "shorten it, or train a model with a larger --context")
+        both.append((tokens, [0.0] * len(prompt) + [1.0] * (len(tokens) - len(prompt))))
+    if both[0][0] == both[1][0]:
+        raise ValueError(f"{pair.where}: both answers begin with the same tokens and end behind the context of "
+                         f"{context}: shorten them, or leave the line out")
+    return both[0], both[1]
+
+
+def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Examples of any lengths as one batch: tokens (B, T), mask (B, T), and the last real position (B,)."""
+    T = max(len(tokens) for tokens, _ in examples)
+    tokens = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in examples], device=device)
+    mask = torch.tensor([mask + [0.0] * (T - len(mask)) for _, mask in examples], device=device)
+    return tokens, mask, torch.tensor([len(tokens) - 1 for tokens, _ in examples], device=device)
+
+
+def batches(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """An epoch's batches of ``batch`` examples, as indices: every example once, in an order that (seed, epoch) draws;
+    those of like length together. The last examples of an epoch that fill no batch are left out (they change with
+    the epoch), unless there are fewer than one batch in all."""
+    draw = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    whole = max(1, len(order) // batch)
+    order = sorted(order[:whole * batch], key=lengths.__getitem__)  # stable: ties stay shuffled
+    found = [order[i * batch:(i + 1) * batch] for i in range(whole)]
+    draw.shuffle(found)
+    return found
+
+
+# --- 4. files of JSON lines -----------------------------------------------------------------
+
+def read_conversations(path: str | os.PathLike) -> list[Conversation]:
+    """{"prompt": text, "response": text} or {"messages": [{"role", "content"}, ...]} on each line; empty lines and
+    other keys are passed over.
+
+    Raises ValueError, with the line number: not such JSON; an empty prompt or answer; turns that do not alternate
+    between user and assistant (behind at most one system message), or end without the assistant's.
+    """
+    def read(line: dict, where: str) -> Conversation:
+        if "messages" in line:
+            messages = _messages(line["messages"], where)
+        else:
+            prompt, response = (_text(line, key, where) for key in ("prompt", "response"))
+            messages = [*ask(prompt), {"role": "assistant", "content": response}]
+        _check_turns(messages, "assistant", where)
+        return Conversation(messages, where)
+
+    return [read(line, where) for line, where in _json_lines(path, '"prompt" and "response", or "messages"')]
+
+
+def read_preferences(path: str | os.PathLike) -> list[Preference]:
+    """{"prompt", "chosen", "rejected"} on each line, as public preference sets ship them: each a text or a list of
+    messages, which for the answers may repeat the prompt.
+
+    Raises ValueError as ``read_conversations``, and for a line whose answers are the same.
+    """
+    def answer(line: dict, key: str, where: str) -> str:
+        if isinstance(line.get(key), list):
+            messages = _messages(line[key], where)
+            if messages[-1]["role"] != "assistant":
+                raise ValueError(f'{where}: "{key}" ends with the {messages[-1]["role"]}, not with the assistant')
+            return messages[-1]["content"]
+        return _text(line, key, where)
+
+    def read(line: dict, where: str) -> Preference:
+        given = line.get("prompt")
+        messages = _messages(given, where) if isinstance(given, list) else ask(_text(line, "prompt", where))
+        _check_turns(messages, "user", where)
+        chosen, rejected = answer(line, "chosen", where), answer(line, "rejected", where)
+        if chosen == rejected:
+            raise ValueError(f"{where}: both answers are the same: correct or remove the line")
+        return Preference(messages, chosen, rejected, where)
+
+    return [read(line, where) for line, where in _json_lines(path, '"prompt", "chosen" and "rejected"')]
+
+
+def _json_lines(path: str | os.PathLike, keys: str) -> Iterator[tuple[dict, str]]:
+    empty = True
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    empty, where = False, f"{path}, line {number}"
+                    try:
+                        found = json.loads(line.decode("utf-8-sig"))
+                    except (ValueError, RecursionError) as error:
+                        raise ValueError(f"{where}: not JSON in UTF-8 ({error}): correct or remove it") from None
+                    if not isinstance(found, dict):
+                        raise ValueError(f"{where}: want a JSON object with {keys}, found {line[:40]!r}")
+                    yield found, where
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+    if empty:
+        raise ValueError(f"{path}: is empty: want lines with {keys}")
+
+
+def _text(line: dict, key: str, where: str) -> str:
+    if key not in line:
+        raise ValueError(f'{where}: no "{key}", only {", ".join(map(repr, line)) or "nothing"}: correct or remove it')
+    text = line[key]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{where}: "{key}" is {"empty" if text in ("", None) else repr(text)[:40]}, '
+                         "not a text: correct or remove the line")
+    try:
+        text.encode()  # JSON can spell half of a surrogate pair, "\ud800": no text in UTF-8 holds one
+    except UnicodeEncodeError:
+        raise ValueError(f'{where}: "{key}" holds half a surrogate pair: correct or remove the line') from None
+    return text
+
+
+def _messages(given, where: str) -> list[Message]:
+    if not isinstance(given, list) or not given or not all(isinstance(message, dict) for message in given):
+        raise ValueError(f'{where}: messages must be a list of objects with "role" and "content", got '
+                         f"{repr(given)[:40]}")
+    return [{key: _text(message, key, where) for key in ("role", "content")} for message in given]
+
+
+def _check_turns(messages: list[Message], last: str, where: str) -> None:
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != [ROLES[1 + i % 2] for i in range(len(turns))] or not turns or turns[-1] != last:
+        raise ValueError(f"{where}: turns must go user, assistant, ... and end with the {last}; they are "
+                         f"{', '.join(roles)[:80]}")
+
+
+# --- 5. held out ----------------------------------------------------------------------------
+
+def split_conversations(conversations: Sequence[Conversation],
+                        held_out: float = 0.1) -> tuple[list[Conversation], list[Conversation]]:
+    """(train, held out) by a hash of the first message: no question is on both sides. If one side would be empty it
+    gets the conversation whose hash is nearest; ValueError if all begin alike."""
+    def place(conversation: Conversation) -> float:
+        text = json.dumps(conversation.messages[0]).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big") / 2**48
+
+    places = sorted({place(conversation) for conversation in conversations})
+    if len(places) < 2:
+        raise ValueError("to hold some out there must be conversations with different first messages")
+    cut = min(max(held_out, places[1]), places[-1])
+    return [c for c in conversations if place(c) >= cut], [c for c in conversations if place(c) < cut]
+
+
+# --- 6. demo --------------------------------------------------------------------------------
+
+def main(data: str | None, vocab_size: int, seed: int) -> None:
+    if vocab_size < 257 or not 0 <= seed < 2**63:
+        raise ValueError(f"--vocab_size must be at least 257 and --seed in 0 .. 2^63 - 1, got {vocab_size} and {seed}")
+    import labeller
+    import tokenizer
+    from gpt import GPT, GPTConfig
+    kinds: tuple[list, list] = ([], [])
+    if data is None:
+        kinds[0].extend(Conversation([*ask(question), {"role": "assistant", "content": sentence}], question)
+                        for question, sentence in labeller.default_questions())
+    else:
+        pairs = '"chosen"' in open(data, encoding="utf-8", errors="replace").readline()
+        kinds[pairs].extend(read_preferences(data) if pairs else read_conversations(data))
+    for kind, found in zip(("conversations", "preferences"), kinds):
+        if found:
+            print(f"{len(found):,} {kind}; the first: {found[0]}")
+    texts = [message["content"] for c in [*kinds[0], *kinds[1]] for message in c.messages]
+    encoding = extend(tokenizer.train(texts, vocab_size))
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size, 128, 2, 4, 64), generator=generator).eval()
+    with torch.no_grad():
+        before = model(torch.arange(64)[None])  # (1, 64, V)
+        resize_vocabulary(model, encoding.n_vocab, generator)
+        kept = bool((model(torch.arange(64)[None])[..., :vocab_size] == before).all())
+        print(f"special tokens {', '.join(SPECIAL_TOKENS)} = {vocab_size} ... {encoding.n_vocab - 1}; logits of the "
+              f"{vocab_size} others as before: {kept} (expected True)")
+        examples = [fit_example(encoding, c.messages, 128, c.where) for c in kinds[0]]
+        examples += [example for pair in kinds[1] for example in fit_pair(encoding, pair, 128)]
+        lengths, worst = [len(tokens) for tokens, _ in examples], 0.0
+        tokens, mask = examples[0]
+        print("".join(f"[{text}]" if m else text for m, text in
+                      zip(mask, (encoding.decode([token]) for token in tokens))) + "    [...] is to be learnt")
+        places = padding = 0
+        for i, batch in enumerate(batches(lengths, min(32, len(lengths)), seed, 0)):
+            tokens, _, last = pad([examples[j] for j in batch])
+            places, padding = places + tokens.numel(), padding + int((tokens.size(1) - 1 - last).sum())
+            if i == 0:
+                packed = model(tokens)  # (B, T, V)
+                worst = max((packed[row, :lengths[j]] - model(torch.tensor([examples[j][0]]))[0]).abs().max().item()
+                            for row, j in enumerate(batch))
+    print(f"batches of like length: {padding / places:.1%} of the places are padding (expected below 10%)")
+    print(f"packed = alone: {worst < 1e-5} (max |difference of logits| = {worst:.1e}, expected below 1e-5)")
+
+
+if __name__ == "__main__":
+    # Without argparse's usage lines a mistake is answered in one line.
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a file of JSON lines (default: Python's documentation)")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="of the tokenizer to train (default 1024)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default 0)")
+    try:
+        main(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        print(f"chat.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,249 @@
+"""All stages of alignment at their smallest: on two processes as on one, resumed, entered alone, refused."""
+
+import copy
+import dataclasses
+import functools
+import json
+import sys
+
+import pytest
+import torch
+
+import alignment
+import chat
+import checkpoint
+import decode
+import labeller
+import processes
+import stages
+import tokenizer
+from alignment import AlignConfig, AlignmentError, format_table, run_stages
+from conftest import run_ranks
+from gpt import GPT, GPTConfig
+from llama import Llama, LlamaConfig
+
+WORDS = "Return the name of a list. Set every line to text. Remove common space from what is given. Get items now."
+SMALL = dict(new_tokens=6, sft_epochs=2, sft_batch=8, pairs=40, reward_batch=8, reward_epochs=1, ppo_steps=2, ppo_batch=8,
+             dpo_batch=8, grpo_steps=2, grpo_batch=8, grpo_group=4, evaluation_prompts=6, held_out=0.3, save_every=50)
+POLICIES = ("sft", "ppo", "dpo", "grpo")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """What pre-training leaves: a tiny model in float64, so that sums in another order draw the same tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    encoding = tokenizer.train([WORDS], 290)
+    for kind, make in (("gpt", lambda: GPT(GPTConfig(290, 64, 1, 2, 16), generator=torch.Generator().manual_seed(0))),
+                       ("llama", lambda: Llama(LlamaConfig(290, 64, 1, 2, 1, 16, 32, tied=True),
+                                               generator=torch.Generator().manual_seed(0)))):
+        model = make().double()
+        checkpoint.save(folder / kind, 1, {"model": dict(model.named_parameters())},
+                        {"model_type": kind, "model_config": dataclasses.asdict(model.config)},
+                        write_files=lambda place: tokenizer.save(encoding, place / "tokenizer.tiktoken"))
+    return folder
+
+
+@functools.cache
+def few():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdlib_module_names", frozenset({"textwrap", "statistics", "fractions"}))
+        return labeller.default_questions()
+
+
+def ask_few_questions(patch):
+    """Three modules instead of the whole library, and a labeller who decides every pair."""
+    questions = few()
+    patch.setattr(labeller, "default_questions", lambda: questions)
+    prefers = labeller.Labeller.prefers
+    patch.setattr(labeller.Labeller, "prefers", lambda *arguments: prefers(*arguments, margin=0.0))
+
+
+@pytest.fixture(autouse=True)
+def few_questions(monkeypatch):
+    ask_few_questions(monkeypatch)
+
+
+def config(base, out, kind="gpt", **settings):
+    return AlignConfig(**SMALL | dict(init=str(base / kind), out=str(out)) | settings)
+
+
+def parameters(folder):
+    return torch.cat([p.flatten() for _, p in sorted(checkpoint.load(checkpoint.latest(folder), ("model",))["model"].items())])
+
+
+@pytest.fixture(scope="module")
+def done(base, tmp_path_factory):
+    """The folder of a whole run on one process, and its table."""
+    out = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        ask_few_questions(patch)
+        return out, run_stages(config(base, out), processes.World())
+
+
+# --- whole runs ---
+
+def test_a_run_ends_with_a_table_of_all_policies_and_files_of_each(done):
+    out, table = done
+    assert [line["model"] for line in table] == ["base", *POLICIES]
+    for line in table:
+        assert {"held_out_loss", "gold", "interval", "win_rate", "kl", "length", "score"} <= line.keys()
+        assert len(line["answers"]) == 3 and 1 <= line["length"] <= 6
+    sft = table[1]
+    assert sft["win_rate"] == 0.5 and abs(sft["kl"]) < 1e-4 and sft["held_out_loss"] < table[0]["held_out_loss"]
+    assert json.loads((out / "evaluation.json").read_text())["table"] == table
+    text = format_table(table)
+    assert "win rate" in text and all(f"  {name}" in text for name in POLICIES)
+    lines = [json.loads(line) for line in (out / "sft" / "preferences.jsonl").read_text().splitlines()]
+    assert {"prompt", "chosen", "rejected", "held_out"} == lines[0].keys() and {line["held_out"] for line in lines} == {True, False}
+    assert len({parameters(out / name).sum().item() for name in POLICIES}) == 4
+
+
+def test_two_processes_learn_and_judge_as_one(base, done, tmp_path):
+    out, table = done
+    found = run_ranks(2, lambda rank: run_stages(config(base, tmp_path), processes.World(rank, 2, rank, 2)), timeout=100)
+    assert found[0] == found[1]
+    for name in POLICIES:
+        torch.testing.assert_close(parameters(tmp_path / name), parameters(out / name), rtol=0, atol=1e-5)
+    for ours, theirs in zip(found[0], table):
+        assert ours["answers"] == theirs["answers"]
+        assert ours["gold"] == pytest.approx(theirs["gold"]) and ours["kl"] == pytest.approx(theirs["kl"], abs=1e-3)
+    assert (tmp_path / "sft/preferences.jsonl").read_text() == (out / "sft/preferences.jsonl").read_text()
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
+def test_a_stage_entered_alone_is_the_stage_of_the_whole_run(done, tmp_path, stage):
+    out, table = done
+    alone = AlignConfig(**SMALL | dict(init=str(out / "sft"), reward_model=str(out / "reward"), out=str(tmp_path), stages=stage))
+    found = run_stages(alone, processes.World())
+    assert torch.equal(parameters(tmp_path / stage), parameters(out / stage))
+    assert [line["model"] for line in found] == ["sft", stage] and found[1]["gold"] == table[1 + POLICIES.index(stage)]["gold"]
+
+
+def test_ppo_resumed_is_ppo_unbroken_with_its_critic_and_its_price(done, tmp_path, monkeypatch):
+    out, _ = done
+    settings = SMALL | dict(init=str(out / "sft"), reward_model=str(out / "reward"), stages="ppo", ppo_steps=3, save_every=1)
+    world = processes.World()
+    run_stages(AlignConfig(**settings, out=str(tmp_path / "a")), world)
+    update, calls = __import__("rlhf").ppo_update, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    monkeypatch.setattr("rlhf.ppo_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(AlignConfig(**settings, out=str(tmp_path / "b")), world)
+    assert not (tmp_path / "b/ppo/step-00000003").exists()
+    with pytest.raises(ValueError, match="already holds a run: --resume goes on"):
+        run_stages(AlignConfig(**settings, out=str(tmp_path / "b")), world)
+    run_stages(AlignConfig(**settings, out=str(tmp_path / "b"), resume=True), world)
+    assert len(calls) == 4 and torch.equal(parameters(tmp_path / "a/ppo"), parameters(tmp_path / "b/ppo"))
+    again = AlignConfig(**settings | dict(seed=1), out=str(tmp_path / "b"), overwrite=True)
+    run_stages(again, world)
+    assert not torch.equal(parameters(tmp_path / "a/ppo"), parameters(tmp_path / "b/ppo"))
+
+
+def test_files_of_the_users_own_are_learnt_from_by_a_llama(base, tmp_path):
+    (tmp_path / "i.jsonl").write_text("".join(json.dumps({"prompt": f"q {i}", "response": "Return it."}) + "\n" for i in range(20)))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"p {i}", "chosen": "Yes.", "rejected": "no"}) + "\n" for i in range(30)))
+    files = dict(instructions=str(tmp_path / "i.jsonl"), preferences=str(tmp_path / "p.jsonl"))
+    table = run_stages(config(base, tmp_path / "out", "llama", **files), processes.World())
+    assert [line["model"] for line in table] == ["base", *POLICIES] and "gold" not in table[0] and "score" in table[0]
+    assert table[1]["answers"][0][0].startswith("p ")
+    assert not (tmp_path / "out/sft/preferences.jsonl").exists()
+    only = run_stages(config(base, tmp_path / "other", "llama", instructions=files["instructions"], stages="sft"), processes.World())
+    assert [line["model"] for line in only] == ["base", "sft"] and only[0]["answers"][0][0].startswith("q ")
+    with pytest.raises(AlignmentError, match="--instructions has no labeller: give --preferences too"):
+        run_stages(config(base, tmp_path / "third", "llama", instructions=files["instructions"], stages="sft,dpo"), processes.World())
+
+
+# --- settings ---
+
+CHANGES = {"sft": dict(seed=1, sft_epochs=1, sft_batch=4, sft_lr=1e-4, held_out=0.5, max_gradient=1e-6),
+           "reward": dict(reward_epochs=2, reward_batch=4, reward_lr=1e-5, pairs=20),
+           "ppo": dict(ppo_steps=1, ppo_batch=4, ppo_epochs=1, ppo_minibatches=1, ppo_lr=1e-5, ppo_kl=5.0, ppo_kl_target=0.0, new_tokens=3),
+           "dpo": dict(dpo_epochs=2, dpo_batch=4, dpo_lr=1e-5, dpo_beta=1.0),
+           "grpo": dict(grpo_steps=1, grpo_batch=4, grpo_group=2, grpo_lr=1e-5, grpo_kl=1.0)}
+
+
+LOADED = {}
+
+
+def copied(load, directory, device="cpu"):
+    if (load, directory) not in LOADED:
+        LOADED[load, directory] = load(directory, device)
+    return copy.deepcopy(LOADED[load, directory])
+
+
+@pytest.mark.parametrize("stage, name", [(stage, name) for stage, names in CHANGES.items() for name in names])
+def test_each_setting_changes_what_its_stage_learns(base, done, tmp_path, monkeypatch, stage, name):
+    out, _ = done
+    monkeypatch.setattr(alignment, "evaluate_policies", lambda *arguments: [])
+    monkeypatch.setattr(alignment, "format_table", lambda table: "")
+    for loader in ("load_policy", "load_reward_model"):  # read once, copied for each test
+        monkeypatch.setattr(stages, loader, functools.partial(copied, getattr(stages, loader)))
+    learnt = []
+    (tmp_path / stage).mkdir()
+    monkeypatch.setattr(stages.Stage, "_save", lambda self, step, lines: learnt.append(self.parts["model"]))
+    init = base / "gpt" if stage == "sft" else checkpoint.latest(out / "sft") if name == "pairs" else out / "sft"
+    changed = SMALL | dict(init=str(init), reward_model=str(out / "reward"), out=str(tmp_path), stages=stage)
+    run_stages(AlignConfig(**changed | {name: CHANGES[stage][name]}), processes.World())
+    if name == "pairs":
+        (init / "preferences.jsonl").unlink()  # the step's folder had none: other pairs were made
+    ours = torch.cat([p.detach().flatten() for _, p in sorted(learnt[-1].named_parameters())])
+    assert not torch.equal(ours, parameters(out / stage))
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(stages="sft,dop"), "--stages=sft,dop: choose from sft,reward,ppo,dpo,grpo"), (dict(stages=","), "choose from"),
+    (dict(sft_lr=float("nan")), "--sft_lr must be"), (dict(pairs=1), "--pairs must be a number of at least 2"),
+    (dict(grpo_batch=9), "--grpo_batch=9 is no multiple of --grpo_group=4"), (dict(held_out=1.0), "--held_out must be below 1"),
+    (dict(resume=True, overwrite=True), "give one of them")])
+def test_settings_that_cannot_be_are_refused(base, tmp_path, settings, message):
+    with pytest.raises(AlignmentError, match=message):
+        config(base, tmp_path, **settings)
+
+
+def test_what_is_missing_is_refused_before_work_begins(base, tmp_path):
+    world = processes.World()
+    with pytest.raises(ValueError, match="holds no reward model: run the stage reward before"):
+        run_stages(config(base, tmp_path, stages="ppo"), world)
+    with pytest.raises(ValueError, match="none: no such directory"):
+        run_stages(config(base, tmp_path, init=str(tmp_path / "none")), world)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": ""}\n')
+    with pytest.raises(ValueError, match="bad.jsonl, line 1: \"response\" is empty"):
+        run_stages(config(base, tmp_path, instructions=str(tmp_path / "bad.jsonl")), world)
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"prompt": "ab " * n, "response": "x"}) + "\n" for n in (1, 2, 90)))
+    with pytest.raises(ValueError, match="long.jsonl, line 3: the prompt of .* fills the context of 64"):
+        run_stages(config(base, tmp_path / "o", instructions=str(tmp_path / "long.jsonl"), stages="sft", held_out=0.01), world)
+    with pytest.raises(ValueError, match="3 answers are too few for 5 processes"):
+        stages.sample_answers(None, None, [1, 2, 3], None, processes.World(0, 5), (0,))
+
+
+def test_default_questions_that_fill_the_context_are_left_out(base):
+    encoding = chat.extend(tokenizer.train([WORDS], 290))
+    every, some = (alignment.read_questions(AlignConfig(), encoding, context) for context in (200, 48))
+    assert len(some.train) + len(some.held_out) < len(every.train) + len(every.held_out)
+    with pytest.raises(AlignmentError, match="questions fills the model's context of 8: train one with a larger --context"):
+        alignment.read_questions(AlignConfig(), encoding, 8)
+
+
+# --- programs ---
+
+def test_programs_chat_with_what_was_trained_and_refuse_in_one_line(done, monkeypatch, capsys):
+    out, _ = done
+    lines = iter(["What does textwrap.dedent do?\n", "\n", "And what else?\n", "/exit\n"])
+    monkeypatch.setattr("sys.stdin", type("Input", (), {"readline": staticmethod(lambda: next(lines))}))
+    decode.converse(str(out / "ppo"), None, True, 5, "cpu", 0, temperature=0.0)
+    shown = capsys.readouterr().out
+    assert shown.count("Model: ") == 2 and "<|" not in shown
+    monkeypatch.setattr("sys.stdin", type("Input", (), {"readline": staticmethod(lambda: "word " * 90 + "\n")}))
+    with pytest.raises(ValueError, match="a line of .* tokens does not fit"):
+        decode.converse(str(out / "ppo"), None, True, 5, "cpu", 0, temperature=0.0)
+    for flags, message in ((["--init", "nowhere"], "nowhere: no such directory"), (["--sft_lr", "x"], "invalid float value"),
+                           (["--nonsense", "1"], "unrecognized arguments")):
+        assert alignment.main(["--out", str(out / "new"), *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and error.startswith("alignment.py: ")

@@ -1,0 +1,243 @@
+"""What a rank holds under each stage of ZeRO: by formula, and by looking at every tensor there is.
+
+Idea      A formula for memory is believed when the tensors of a process add up to it: those that lie there between two
+          steps, and the most that is there at once within one.
+Formula   bytes a parameter on each of P ranks, AdamW, bf16 with fp32 copies: 16, 4 + 12/P, 2 + 14/P, 16/P by stage; in
+          fp32 16, 8 + 8/P, 4 + 12/P, 16/P.                               Rajbhandari et al. 2020 (1910.02054), figure 1
+          most at once in stage 3: two units' parameters, two units' gradients, and (P-1)/P of one that is received
+Shapes    no tensors here
+Omits     activations (the peak is that of one token); the allocator's gaps; what the backend takes for itself.
+Run       python zero_memory.py --ranks 4    on 4 processes; ends with "max |bytes measured / formula - 1| = ..."
+Test      pytest tests/test_zero.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+# --- 1. by formula, and measured ----------------------------------------------------------------------
+
+def bytes_per_parameter(stage: int, P: int, half: bool = True) -> float:
+    """Of parameters, gradients and AdamW's states, on each of P ranks.   Rajbhandari et al. 2020, figure 1"""
+    parameter, gradient, rest = (2, 2, 12) if half else (4, 4, 8)
+    cut = [P if stage >= needed else 1 for needed in (3, 2, 1)]
+    return parameter / cut[0] + gradient / cut[1] + rest / cut[2]
+
+
+def every_storage() -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors that Python can see in this process, by address."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects complain of being looked at
+        storages = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, Tensor) and not t.is_meta]
+    return {storage.data_ptr(): storage for storage in storages}
+
+
+def every_tensor() -> int:
+    """Bytes of ``every_storage``."""
+    return sum(storage.nbytes() for storage in every_storage().values())
+
+
+class PeakBytes(TorchDispatchMode):
+    """``most``: how many bytes of tensors made inside the context were alive at once, activations and all."""
+
+    def __enter__(self):
+        self.now = self.most = 0
+        self.seen = weakref.WeakSet(every_storage().values())
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for storage in {t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)} - set(self.seen):
+            self.seen.add(storage)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._died, storage.nbytes())
+        return result
+
+    def _died(self, size: int) -> None:
+        self.now -= size
+
+
+# --- 2. demo ----------------------------------------------------------------------------------------
+
+def _train(model: nn.Module, zero, steps: int, text: Tensor, part: slice, look=lambda zero: None) -> list[float]:
+    """AdamW with clipping on this rank's rows of every batch, in two micro-batches; without ZeRO on one process."""
+    plain = zero or torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses, draw = [], torch.Generator().manual_seed(0)
+    for step in range(steps):
+        starts = torch.randint(len(text) - 17, (8, 1), generator=draw)
+        batch = text[starts + torch.arange(17)]  # (8, T + 1)
+        rows, total = batch[part], 0.0
+        for i, rows in enumerate(batch[part].tensor_split(2)):
+            with zero.no_sync() if zero and i == 0 else nullcontext():
+                logits = model(rows[:, :-1])  # (B, T, V)
+                loss = F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+                                       rows[:, 1:].flatten(), reduction="sum") / (8 * 16)
+                loss.backward()
+            total += loss.item()
+        if zero:
+            zero.finish()
+            look(zero)
+            zero.clip_grad_norm(1.0)
+        else:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        plain.step()
+        plain.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def _measure(stage: int, options: argparse.Namespace, P: int, text: Tensor, part: slice, make: Callable) -> dict:
+    """Train in bf16 with fp32 copies; what is held when the second step's gradients are there, and the peak."""
+    from zero import ZeRO
+
+    before, found = every_tensor(), {}
+
+    def look(zero) -> None:
+        found.update(zero.bytes_held(), all=every_tensor() - before)
+    with torch.device("meta"):
+        model = make()
+    n = sum(p.numel() for p in model.parameters())
+    zero = ZeRO(model, torch.optim.AdamW, stage=stage, reduction="sum", dtype=torch.bfloat16, offload=options.offload,
+                initialise=lambda model: model.initialise(torch.Generator().manual_seed(options.seed)))
+    _train(model, zero, 2, text, part, look)
+    resting = every_tensor() - before
+    rows = text[:2][None]  # one token: activations that are nothing beside weights
+    with PeakBytes() as peak:
+        model(rows[:, :1]).float().sum().backward()
+        zero.finish()
+    unit = 2 * max(sum(p.numel() for p in block.parameters()) for block in model.blocks)  # bytes
+    return found | {"n": n, "peak": resting + peak.most, "unit": unit}
+
+
+def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> None:
+    """What every rank runs; rank 0 prints."""
+    from gpt import GPT, GPTConfig
+    from zero import ZeRO
+
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P)
+    torch.set_num_threads(1)
+    say = print if rank == 0 else lambda *words: None
+    text = torch.tensor(list(subprocess.check_output([sys.executable, "-m", "this"])))  # bytes
+    part = slice(rank * 8 // P, (rank + 1) * 8 // P)
+
+    def small() -> nn.Module:
+        return GPT(GPTConfig(vocab_size=128, context=16, n_layers=2, n_heads=2, d_model=32),
+                   generator=torch.Generator().manual_seed(options.seed)).double()
+
+    def large() -> nn.Module:
+        return GPT(GPTConfig(vocab_size=128, context=16, n_layers=8, n_heads=4, d_model=options.width))
+
+    one = small()
+    losses = _train(one, None, options.steps, text, slice(None))
+    say(f"{P} ranks, {options.steps} steps in float64 on one process: loss {losses[0]:.4f} (expected ln 128 = 4.852) "
+        f"-> {losses[-1]:.4f}")
+    error, worst, rows = 0.0, 0.0, []
+    for stage in range(4):
+        model = small()
+        zero = ZeRO(model, lambda groups: torch.optim.AdamW(groups, lr=1e-3), stage=stage, reduction="sum",
+                    offload=options.offload)
+        _train(model, zero, options.steps, text, part)
+        with zero.gathered():
+            error = max(error, *((p - q).abs().max().item() for p, q in zip(one.parameters(), model.parameters())))
+        del zero, model
+    say(f"max |stage 0, 1, 2, 3 - one process| = {error:.1e} over all parameters: "
+        + ("OK, below 1e-10" if error < 1e-10 else "WRONG, expected below 1e-10"))
+
+    where = "of them on the host, which here is the device" if options.offload else "all on the device"
+    found = [_measure(stage, options, P, text, part, large) for stage in range(4)]
+    n, unit = found[0]["n"], found[0]["unit"]
+    say(f"\n{n:,} parameters in bf16; bytes a parameter on rank 0 when the gradients are there, {where}")
+    say("stage   parameters   gradients   states      sum   formula   every tensor of the process     host")
+    for stage, held in enumerate(found):
+        formula = bytes_per_parameter(stage, P)
+        if options.offload and stage < 2:  # whole on the device, and reduced on the host
+            formula += 2 / P if stage else 2
+        each = [held[kind] / n for kind in ("parameters", "gradients", "states")]
+        worst = max(worst, abs(held["all"] / n / formula - 1))
+        say(f"{stage:5} {each[0]:12.3f} {each[1]:11.3f} {each[2]:8.3f} {sum(each):8.3f} {formula:9.3f} "
+            f"{held['all'] / n:29.3f} {held['host'] / n:8.3f}")
+    peak, limit = found[3]["peak"], bytes_per_parameter(3, P) * n + (2 + 2 + (P - 1) / P) * unit
+    say(f"stage 3, most in a step: {peak / n:.3f} bytes a parameter; 16/P, two units of parameters and of gradients, "
+        f"and a message on its way: {limit / n:.3f}: {'OK' if peak < 1.02 * limit else 'WRONG, more'}")
+    if options.plot and rank == 0:
+        _plot(found, P, options.plot)
+    say(f"max |bytes measured / formula - 1| = {worst:.4f}: "
+        + ("OK, below 0.02" if worst < 0.02 else "WRONG, above 0.02"))
+    dist.destroy_process_group()
+
+
+def _plot(found: list[dict], P: int, path: str) -> None:
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    left = [0.0] * 4
+    for kind in ("parameters", "gradients", "states"):
+        widths = [held[kind] / held["n"] for held in found]
+        axes.barh([f"stage {stage}" for stage in range(4)], widths, left=left, label=kind)
+        left = [a + b for a, b in zip(left, widths)]
+    axes.plot([bytes_per_parameter(stage, P) for stage in range(4)], range(4), "k|", markersize=20, label="formula")
+    axes.set(xlabel=f"bytes a parameter on each of {P} ranks, measured")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(program: str = "zero_memory.py") -> None:
+    """The program, called ``program`` in what it says."""
+    import zero
+    # Without argparse's usage lines a mistake is answered in one line.
+    parser = argparse.ArgumentParser(description=zero.__doc__ if program == "zero.py" else __doc__,
+                                     usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun (1 to 8)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps in float64")
+    parser.add_argument("--width", type=int, default=192, help="width of the model that is measured, a multiple of 4")
+    parser.add_argument("--offload", action="store_true", help="masters, states and gradients in the host's memory")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the bytes")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
+    options = parser.parse_args()
+    started_by_torchrun = "RANK" in os.environ
+    P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
+    if not 1 <= P <= 8 or options.steps < 1 or options.width < 4 or options.width % 4 or not 0 <= options.seed < 2**62:
+        parser.exit(2, f"{program}: --ranks must be 1 to 8, --steps positive, --width a multiple of 4, --seed 0 .. "
+                       "2^62 - 1\n")
+    if options.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.exit(2, f"{program}: --plot needs matplotlib: pip install matplotlib\n")
+        path = Path(options.plot).absolute()
+        if not path.parent.is_dir() or path.suffix not in (".png", ".pdf", ".svg"):
+            parser.exit(2, f"{program}: cannot write {options.plot}; give a .png in a folder that exists\n")
+    if started_by_torchrun:
+        return _demo(int(os.environ["RANK"]), P, options, "env://")
+    with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
+        torch.multiprocessing.spawn(_demo, (P, options, (Path(folder) / "ranks").as_uri()), nprocs=P)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
