@@ -15,6 +15,8 @@ from conftest import ROOT, run_program
 
 TINY = "--n_layers=1 --n_heads=2 --d_model=16 --context=16 --batch_tokens=64 --steps=2 --warmup_steps=0 --samples=1 "
 TEXT = "{tmp}/my/text.txt"
+ALIGN = ("--new_tokens 4 --sft_epochs 1 --sft_batch 1000 --pairs 20 --held_out 0.01 --evaluation_prompts 8 --ppo_steps 1 "
+         "--grpo_steps 1 --ppo_batch 8 --grpo_batch 8")
 
 # command as it is shown -> (the command at its smallest size, what its last lines say); {tmp} is a folder with
 # a text, and {tmp}/run a finished tiny run.
@@ -98,6 +100,71 @@ COMMANDS = {
     "python vectors.py --vectors my.vec --item king": ("python vectors.py --vectors {tmp}/my.vec --item king", "vectors read: True"),
     "python weights.py": (None, "read again bit for bit: "),
     "python finetune.py --encoder out/bert": ("python finetune.py --encoder {tmp}/bert --examples 2", r"transfer: .* on \d of 4 tasks"),
+    "python layout.py": (None, r"\d+ layouts of 8 processes fit, \d+ do not: 2\.00 to 16\.00 bytes"),
+    "python recompute.py": ("python recompute.py --rounds 1 --layers 2 --width 32 --context 32", r"max \|gradient - gradient of none\| = 0e\+00"),
+    "python recompute.py --context 512": ("python recompute.py --rounds 1 --layers 1 --width 16 --context 64", "gradient of none"),
+    "python train.py --recompute block": (
+        f"python train.py --recompute block --data {TEXT} --vocab_size=280 --out {{tmp}}/r {TINY}", "saved in"),
+    "torchrun --standalone --nproc_per_node=2 train.py --tp 2 --steps 20": (
+        f"torchrun --standalone --nproc_per_node=2 train.py --tp 2 --data {TEXT} --vocab_size=280 --out {{tmp}}/tp {TINY}", "saved in"),
+    "torchrun --standalone --nproc_per_node=8 train.py --tp 2 --pp 2 --zero 1": (
+        f"torchrun --standalone --nproc_per_node=2 train.py --pp 2 --data {TEXT} --vocab_size=280 --out {{tmp}}/pp {TINY} --n_layers=2",
+        "saved in"),
+    "python train.py --stage dpo --init out/sft": (
+        "python train.py --stage dpo --init {tmp}/aligned/sft --out {tmp}/aligned2 " + ALIGN, "win rate against SFT:"),
+    "python alignment.py --init out/sft --stages dpo": (
+        "python alignment.py --init {tmp}/aligned/sft --out {tmp}/aligned3 --stages dpo " + ALIGN, "win rate against SFT:"),
+    "python alignment.py --init out/pretrain": ("python alignment.py --init {tmp}/wide --out {tmp}/aligned4 --stages sft " + ALIGN, "saved in"),
+    "torchrun --standalone --nproc_per_node=2 alignment.py --init out/pretrain": (
+        "torchrun --standalone --nproc_per_node=2 alignment.py --init {tmp}/wide --out {tmp}/aligned5 --stages sft " + ALIGN, "saved in"),
+    "python checkpoint.py --export out/pretrain --to hf": (
+        "python checkpoint.py --export {tmp}/run --to {tmp}/hf", "parameters, written to"),
+    "python rlhf.py": ("python rlhf.py --steps 1 --pairs 20", r"kl 0\.2, .* nats away: "),
+    "python rlhf.py --kl 0": ("python rlhf.py --kl 0 --steps 1 --pairs 20", r"kl 0, .* nats away: "),
+    "python rlhf.py --plot rlhf.png": ("python rlhf.py --steps 1 --pairs 20 --plot {tmp}/rlhf.png", "drawn: "),
+    "python overoptimisation.py": ("python overoptimisation.py --steps 1 --pairs 20", r"kl 0\.2, .* nats away: "),
+    "python overoptimisation.py --kl 0": ("python overoptimisation.py --kl 0 --steps 1 --pairs 20", r"kl 0, .* nats away: "),
+    "python preference.py": ("python preference.py --pairs 400", "total variation of DPO .*: OK"),
+    "python chat.py": ("python chat.py --vocab_size 300", "packed = alone: True"),
+    "python chat.py --data my/pairs.jsonl": ("python chat.py --vocab_size 300 --data {tmp}/pairs.jsonl", "packed = alone: True"),
+    "python labeller.py": (None, "true answers preferred: at least"),
+    "python rollout.py": ("python rollout.py --prompts 6 --max_new_tokens 12", "batched = alone: True"),
+    "python stages.py": ("python stages.py --steps 6", "interrupted = unbroken: True"),
+    "python unigram.py": (f"python unigram.py --data {TEXT} --vocab_size 300", "round trip: True"),
+    "python unigram.py --data 'my/*.txt' --vocab_size 8000 --out tokenizer.json": (
+        f"python unigram.py --data {TEXT} --vocab_size 300 --out {{tmp}}/tokenizer.json", "round trip: True"),
+    "python unigram_training.py": (f"python unigram_training.py --data {TEXT} --vocab_size 60", "EM never fell: True"),
+    "python unigram_training.py --data 'my/*.txt' --vocab_size 8000": (
+        f"python unigram_training.py --data {TEXT} --vocab_size 60", "EM never fell: True"),
+    "python mixture.py": ("python mixture.py --examples 200 --context 16", "resumed in the middle: True"),
+    "python mixture.py --weights prose=0.5,code=0.25,docstrings=0.25 --temperature 2": (
+        "python mixture.py --weights prose=0.5,code=0.25,docstrings=0.25 --temperature 2 --examples 200 --context 16",
+        "resumed in the middle: True"),
+    "python mixture.py --data 'web=crawl/*.jsonl,books=my/*.txt' --weights web=0.8,books=0.2": (
+        f"python mixture.py --data web={TEXT},books={TEXT} --weights web=0.8,books=0.2 --examples 200 --context 16", "resumed in the middle: True"),
+    "python packing.py": (None, "refused by name: True"),
+    "python packing.py --data 'my/*.txt' --context 1024 --out tokens": (
+        "python packing.py --data {tmp}/pages.jsonl --context 64 --held_out 0.3 --out {tmp}/tokens", "refused by name: True"),
+    "python precision.py": ("python precision.py --steps 5", "with it: (True|False)"),
+    "python precision.py --plot lost.png": ("python precision.py --steps 5 --plot {tmp}/lost.png", "with it: (True|False)"),
+    "python quality.py": (None, r"held-out ROC AUC 0\.\d+: better"),
+    "python quality.py --data book.txt": ("python quality.py --data {tmp}/pages.jsonl --trusted {tmp}/good.jsonl", "held-out ROC AUC"),
+    "python deduplication.py": ("python deduplication.py --documents 60", r"recall \d\.\d+, precision \d\.\d+: OK"),
+    "torchrun --nproc_per_node 2 deduplication.py": (
+        "torchrun --nproc_per_node 2 deduplication.py --documents 60", r"recall \d\.\d+, precision \d\.\d+: OK"),
+    "python crawl.py --out crawl/": ("python crawl.py --out {tmp}/crawl2 --files 2 --pages 20", "pages in 2 files: True"),
+    "python curate.py": (None, "the same shards after a kill: True"),
+    "python data.py 'crawl/*.warc.wet.gz' --out shards/": ("python data.py {tmp}/crawl/*.warc.wet.gz --out {tmp}/shards", "kept of"),
+    "torchrun --nproc_per_node=2 data.py 'crawl/*.warc.wet.gz' --out shards/": (
+        "torchrun --nproc_per_node=2 data.py {tmp}/crawl/*.warc.wet.gz --out {tmp}/shards2", "kept of"),
+    "python zero.py": ("python zero.py --steps 2 --width 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
+    "python zero.py --offload --plot zero.png": (
+        "python zero.py --steps 2 --width 64 --offload --plot {tmp}/zero.png", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
+    "torchrun --nproc_per_node 2 zero.py": (
+        "torchrun --nproc_per_node 2 zero.py --steps 2 --width 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
+    "python zero_memory.py --ranks 4": (
+        "python zero_memory.py --ranks 2 --steps 2 --width 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
+    "python gathering.py": (None, "units there at once: 2 at most"),
     "python train.py": (f"python train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/1 {TINY}", "saved in"),
     "torchrun --standalone --nproc_per_node=2 train.py": (
         f"torchrun --standalone --nproc_per_node=2 train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/2 {TINY}", "saved in"),
@@ -151,6 +218,15 @@ def results(tmp_path_factory):
     (tmp / "my.vec").write_text("2 2\nking 1 0\nqueen 0 1\n")
     first = run(f"python train.py --data {tmp}/my/text.txt --vocab_size=280 --out {tmp}/run {TINY}")
     assert first.returncode == 0, first.stderr
+    paragraphs = [p for p in text.split("\n\n") if len(p) > 40]
+    for name, documents in (("pages", paragraphs * 3), ("good", [p.upper() for p in paragraphs] * 3)):
+        (tmp / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{i} {p}"}) + "\n" for i, p in enumerate(documents)))
+    (tmp / "pairs.jsonl").write_text("".join(json.dumps({"prompt": f"what is {n}?", "response": f"a number: {n}"}) + "\n" for n in numbers))
+    for command in (f"python train.py --data {tmp}/my/text.txt --vocab_size=280 --out {tmp}/wide {TINY} --context=96 --batch_tokens=192",
+                    f"python alignment.py --init {tmp}/wide --out {tmp}/aligned {ALIGN} --stages sft,dpo",
+                    f"python crawl.py --out {tmp}/crawl --files 2 --pages 20"):
+        done = run(command)
+        assert done.returncode == 0, done.stderr
     small = {shown: (smallest or shown).replace("{tmp}", str(tmp)) for shown, (smallest, _) in COMMANDS.items()}
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(small, pool.map(run, small.values())))

@@ -125,7 +125,7 @@ class Killed(BaseException):
 def test_run_that_dies_before_any_file_is_whole_goes_on_to_the_same(made, tmp_path, monkeypatch):
     """Dies at each of its files in turn, with the file half-written, then goes on, at another number of ranks."""
     pattern, _, out, _ = made
-    whole, count, deaths = curate.whole, itertools.count(), 0
+    whole_file, count, deaths = curate.whole_file, itertools.count(), 0
 
     def deadly(path):
         if next(count) == limit:
@@ -133,7 +133,7 @@ def test_run_that_dies_before_any_file_is_whole_goes_on_to_the_same(made, tmp_pa
             (path.parent / f"{path.name}.0.tmp").write_bytes(b"half")
             raise Killed
         return whole_file(path)
-    monkeypatch.setattr(curate, "whole", deadly)
+    monkeypatch.setattr(curate, "whole_file", deadly)
     finished = False
     while not finished:
         count, limit = itertools.count(), 11  # dies at its twelfth file, so each run gets a little further
