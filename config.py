@@ -73,8 +73,8 @@ class TrainConfig:
     seed: int = setting(0, "of initial weights, order of the data, dropout and samples", least=0, below=2**32)
     # the machine
     device: str | None = setting(None, "cpu, cuda or mps; derived: the best that is here")
-    precision: str | None = setting(None, "of forward and backward; derived: bf16 where the hardware multiplies it",
-                                    ("fp32", "bf16"))
+    precision: str | None = setting(None, "of forward and backward; derived: bf16 where the hardware multiplies it; fp16 "
+                                          "scales the loss (precision.py)", ("fp32", "bf16", "fp16"))
     dp: int | None = setting(None, "data-parallel processes; derived: processes / (tp pp cp ep)", least=1)
     tp: int = setting(1, "tensor-parallel processes: they share every matrix", least=1)
     pp: int = setting(1, "pipeline stages: each has some of the blocks", least=1)

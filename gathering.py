@@ -116,13 +116,14 @@ class Gathering:
         model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.free_all())
 
     def _before(self, unit: _Unit | None) -> None:
+        self._contexts.append(None)  # for _after, which is called even if what follows fails
         if unit is not None:
             unit.active += 1
             # a forward inside of backward repeats one, to save its activations
             self._enter(unit, torch._C._current_graph_task_id() != -1)
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if outer is not None and getattr(outer[0], "of", None) is self:
-            return self._contexts.append(None)
+            return
         outer_pack, outer_unpack = outer or (lambda t: t, lambda t: t)
 
         def pack(t: Tensor):
@@ -139,7 +140,7 @@ class Gathering:
             size, stride, offset = place
             return flat.whole.as_strided(size, stride, flat.whole.storage_offset() + offset)
         pack.of = self
-        self._contexts.append(saved_tensors_hooks(pack, unpack))
+        self._contexts[-1] = saved_tensors_hooks(pack, unpack)
         self._contexts[-1].__enter__()
 
     def _after(self, unit: _Unit | None) -> None:

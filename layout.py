@@ -281,15 +281,25 @@ class ParallelModel:
                 p.grad = self.dp[name in self.experts].gradient(self.copies[name])
         return losses
 
+    def _gradients(self) -> dict[str, Tensor | None]:
+        """What this process holds of the reduced gradient."""
+        if self.zero:
+            return {name: shard.grad for name, shard in self.zero.shards().items()}
+        return {name: p.grad for name, p in self.masters.items()}
+
+    @torch.no_grad()
+    def scale_gradient(self, factor: float) -> None:
+        """Multiply the gradient: what a scaled loss needs before clipping."""
+        for grad in self._gradients().values():
+            if grad is not None:
+                grad.mul_(factor)
+
     @torch.no_grad()
     def clip(self, most: float) -> float:
         """Scale the gradient to a norm of at most this; returns the norm before, the same on every process."""
         if self.sizes.plain:
             return nn.utils.clip_grad_norm_(self.masters.values(), most).item()
-        if self.zero:
-            grads = {name: shard.grad for name, shard in self.zero.shards().items()}
-        else:
-            grads = {name: p.grad for name, p in self.masters.items()}
+        grads = self._gradients()
         total = torch.zeros((), dtype=torch.float64, device=next(iter(grads.values())).device)
         for name, grad in grads.items():
             if grad is not None:

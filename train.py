@@ -49,6 +49,7 @@ import decode
 import gpt
 import layout
 import models
+import precision
 import recompute
 import tokenizer
 from config import (FIXED_BY_CHECKPOINT, OF_THE_MACHINE, ConfigError, TrainConfig, derive, parse,
@@ -179,13 +180,15 @@ class Trainer:
         self.config, self.world, self.model_sizes = config, world, models.sizes_of(model)
         # Saving goes on beside training: its messages must not meet those of a step.
         self.saving_group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world.size > 1 else None
-        bf16, device = config.precision == "bf16", world.device.type
-        half = bf16 and device == "cpu"
+        device, dtype = world.device.type, {"fp16": torch.float16}.get(config.precision, torch.bfloat16)
+        half = config.precision == "bf16" and device == "cpu"
+        # fp16 has no room for small gradients: the loss is multiplied by a scale, they are divided by it again.
+        self.scale = precision.LossScale() if config.precision == "fp16" else None
         c, sizes = config, sizes_of(config)
         self.accumulation = c.batch_tokens // (sizes.parts * c.micro_batch * c.context)
         self.parallel = layout.ParallelModel(
             model, lambda groups: make_optimizer(groups, c), lambda name, p: decay(p, c), sizes, self.accumulation, half=half,
-            autocast=torch.autocast(device, torch.bfloat16, enabled=bf16 and not half), timeout=c.timeout,
+            autocast=torch.autocast(device, dtype, enabled=config.precision != "fp32" and not half), timeout=c.timeout,
             initialise=initialise, device=world.device)
         if config.compile:
             self._compile()
@@ -217,7 +220,11 @@ class Trainer:
         torch.manual_seed(hash((c.seed, step, parallel.seed_part)) % 2**63)
         starts = range(first, first + count, c.micro_batch)
         batches = (self._batch(windows, start, c.micro_batch) for start in starts)
-        return dict(zip(starts, parallel.gradient(batches, c.batch_tokens, models.balancing_loss)))
+        scale = self.scale.scale if self.scale else 1.0
+        losses = parallel.gradient(batches, c.batch_tokens / scale, models.balancing_loss)
+        if self.scale:
+            parallel.scale_gradient(1 / scale)
+        return {start: loss / scale for start, loss in zip(starts, losses)}
 
     def _batch(self, windows: data.TokenWindows, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(t.to(self.world.device, non_blocking=True) for t in windows.batch(start, size))
@@ -234,11 +241,13 @@ class Trainer:
         norm = self.parallel.clip(c.clip if c.clip > 0 else math.inf)
         mine = sum(loss.item() for loss in losses.values()) * self.parallel.counts
         loss, stops = self.world.sum([mine, float(stop)])
-        bad = None
-        if math.isfinite(loss) and math.isfinite(norm):
+        bad, finite = None, math.isfinite(loss) and math.isfinite(norm)
+        if finite:
             self.parallel.step(lr)
-        else:
+        elif not (self.scale and math.isfinite(loss) and self.scale.scale > 2**-10):  # else the scale was too large
             bad = self._where(losses)
+        if self.scale:
+            self.scale.update(overflow=not finite)
         self.parallel.zero_grad()
         return {"loss": loss, "grad_norm": norm, "lr": lr, "stop": stops > 0, "bad": bad,
                 "seconds": time.perf_counter() - began}
@@ -455,6 +464,8 @@ def _restore(trainer: Trainer, resumed: Path | None) -> tuple[int, dict | None]:
     states = world.agree(lambda: checkpoint.shapes(resumed))
     meta = checkpoint.load_into(resumed, parallel.tensors(states), group=world.everyone)
     parallel.refresh()
+    if trainer.scale and meta.get("loss_scale"):
+        trainer.scale.load_state_dict(meta["loss_scale"])
     world.say(f"resuming from {resumed}")
     return meta["step"], meta.get("metrics")
 
@@ -466,6 +477,7 @@ def _save(trainer: Trainer, settings: TrainConfig, corpus: Corpus, step: int, li
     meta = {"model_type": c.model, "model_config": trainer.model_sizes,
             "train_config": dataclasses.asdict(settings), "data_fingerprint": corpus.fingerprint,
             "examples_seen": step * c.batch_tokens // c.context, "metrics": line,
+            "loss_scale": trainer.scale.state_dict() if trainer.scale else None,
             "git_revision": _git_revision(), "torch": torch.__version__}
     return checkpoint.Saving(c.out, step, trainer.parallel.tensors(), meta, keep=keep, group=trainer.saving_group,
                              write_files=lambda folder: tokenizer.save(corpus.encoding, folder / "tokenizer.tiktoken"))

@@ -263,9 +263,9 @@ def bench_simulate(device, rounds):
     """The model of links and compute that `--simulate` ranks layouts by, beside layouts that can be run here."""
     from pipeline_schedules import Cluster, Layout, Workload, predict
 
-    work = Workload(n_layers=8, d_model=256, vocab_size=64, context=128, sequences=16, head_width=32, value_bytes=4, recompute=False)
-    config = GPTConfig(64, 128, 8, 8, 256)
-    tokens = torch.randint(64, (16, 129), generator=torch.Generator().manual_seed(0)).to(device)
+    work = Workload(n_layers=4, d_model=512, vocab_size=64, context=128, sequences=8, head_width=64, value_bytes=4, recompute=False)
+    config = GPTConfig(64, 128, 4, 8, 512)
+    tokens = torch.randint(64, (8, 129), generator=torch.Generator().manual_seed(0)).to(device)
     whole = GPT(config, generator=torch.Generator().manual_seed(0)).to(device)
     rank = dist.get_rank()
 
@@ -303,15 +303,16 @@ def bench_simulate(device, rounds):
 
     sliced.optimizer = adamw(cut)
     one, dp = copy.deepcopy(whole), copy.deepcopy(whole)
-    big, small = torch.zeros(1 << 20, device=device), torch.zeros(1, device=device)
+    big, small, message = (torch.zeros(n, device=device) for n in (1 << 20, 1, 128 * 512))  # message: tensor parallelism's
     times = medians({
         "1": microbatched(one, None, tokens, 8),  # on both processes at once: so is the compute of all others
         "dp 2": microbatched(dp, parallel.DataParallel(dp), tokens.chunk(2)[rank], 4),
-        "tp 2": sliced, "pp 2": piped(), "4 MB": lambda: dist.all_reduce(big), "4 B": lambda: dist.all_reduce(small)}, rounds)
-    base = predict(Layout(1, 1, 1, micro=2), work, Cluster(flops=1e9)).seconds * 1e9
-    cluster = Cluster(base / times["1"], big.nbytes / times["4 MB"], big.nbytes / times["4 MB"], times["4 B"], 2)
-    say(f"simulate  {cluster.flops / 1e9:.0f} GFLOP/s a process, {cluster.inside_node / 1e9:.2f} GB/s, {cluster.latency * 1e6:.0f} us")
-    for name, where in (("dp 2", Layout(2, 1, 1, micro=2)), ("tp 2", Layout(1, 2, 1, micro=2)), ("pp 2", Layout(1, 1, 2, micro=2))):
+        "tp 2": sliced, "pp 2": piped(), "4 MB": lambda: dist.all_reduce(big), "4 B": lambda: dist.all_reduce(small),
+        "message": lambda: dist.all_reduce(message)}, rounds)
+    base = predict(Layout(1, 1, 1, micro=1), work, Cluster(flops=1e9)).seconds * 1e9
+    cluster = Cluster(base / times["1"], message.nbytes / (times["message"] - times["4 B"]), big.nbytes / times["4 MB"], times["4 B"], 2)
+    say(f"simulate  {cluster.flops / 1e9:.0f} GFLOP/s a process, {cluster.inside_node / 1e9:.2f} and {cluster.between_nodes / 1e9:.2f} GB/s, {cluster.latency * 1e6:.0f} us")
+    for name, where in (("dp 2", Layout(2, 1, 1)), ("tp 2", Layout(1, 2, 1)), ("pp 2", Layout(1, 1, 2))):
         seconds = predict(where, work, cluster).seconds
         say(f"  {name}  predicted {seconds * 1e3:7.1f} ms, measured {times[name] * 1e3:7.1f} ms, off by {seconds / times[name] - 1:+.0%}")
 
