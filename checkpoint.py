@@ -15,8 +15,8 @@ Shapes    out/step-00000200/ __0_0.distcp ... boxes of tensors, a file from each
           Tensors: "model/<parameter>" and "optimizer/<parameter>/<state>", e.g. optimizer/blocks.0.norm1.weight/exp_avg
 Safety    Tensors and shapes are all that is read: opening a foreign checkpoint runs no code.
 Omits     file systems that the processes do not share; compression.
-Run       python checkpoint.py                                   kills a saving process 10 times, loads what is left; 30 s
-          python checkpoint.py --export out/pretrain --to hf     a Hugging Face directory, whatever layout saved it
+Run       python checkpoint.py                                 kills a saving process 10 times, loads what is left
+          python checkpoint.py --export out/pretrain --to hf   a Hugging Face directory, whatever layout saved it
 Test      pytest tests/test_checkpoint.py
 """
 

@@ -36,9 +36,9 @@ def setting(default, help: str, choices: tuple = (), least: float | None = None,
 class TrainConfig:
     """Every setting of a run; each field is a flag. None means derived: the formula is printed with the value."""
 
-    stage: str | None = setting(None, "where to end: pretrain; all goes on to sft, reward, ppo, dpo and grpo; one of those "
-                                      "runs it alone, with alignment.py's flags. Derived: all on the default text, else "
-                                      "pretrain", ("all", "pretrain", "sft", "reward", "ppo", "dpo", "grpo"))
+    stage: str | None = setting(None, "pretrain; or all: sft, reward, ppo, dpo and grpo after it; or one of "
+                                      "those alone, with alignment.py's flags; derived: all on the default text, "
+                                      "else pretrain", ("all", "pretrain", "sft", "reward", "ppo", "dpo", "grpo"))
     # the text
     data: str | None = setting(None, "files to train on, e.g. 'my/*.txt' (.txt .md .jsonl[.gz] .warc.wet[.gz]); "
                                      "derived: Python's own documentation")
@@ -73,8 +73,8 @@ class TrainConfig:
     seed: int = setting(0, "of initial weights, order of the data, dropout and samples", least=0, below=2**32)
     # the machine
     device: str | None = setting(None, "cpu, cuda or mps; derived: the best that is here")
-    precision: str | None = setting(None, "of forward and backward; derived: bf16 where the hardware multiplies it; fp16 "
-                                          "scales the loss (precision.py)", ("fp32", "bf16", "fp16"))
+    precision: str | None = setting(None, "of forward and backward (fp16 scales the loss); derived: bf16 where "
+                                          "the hardware multiplies it", ("fp32", "bf16", "fp16"))
     dp: int | None = setting(None, "data-parallel processes; derived: processes / (tp pp cp ep)", least=1)
     tp: int = setting(1, "tensor-parallel processes: they share every matrix", least=1)
     pp: int = setting(1, "pipeline stages: each has some of the blocks", least=1)
@@ -131,8 +131,8 @@ PRESETS = {
 FIXED_BY_CHECKPOINT = ("data", "held_out", "tokenizer", "vocab_size", "model", "context", "n_layers", "n_heads",
                        "n_kv_heads", "d_model", "d_ff", "n_experts", "experts_per_token", "batch_tokens", "seed")
 # What belongs to the machine and the moment: never taken from a checkpoint.
-OF_THE_MACHINE = {"stage", "device", "dp", "tp", "pp", "cp", "ep", "zero", "offload", "sequence", "pipeline", "recompute",
-                  "micro_batch", "compile", "timeout", "out", "resume", "overwrite"}
+OF_THE_MACHINE = {"stage", "device", "dp", "tp", "pp", "cp", "ep", "zero", "offload", "sequence", "pipeline",
+                  "recompute", "micro_batch", "compile", "timeout", "out", "resume", "overwrite"}
 
 
 # --- 2. flags -------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def refuse_meaningless(config: TrainConfig, given: set[str]) -> None:
             ("sequence", not c.sequence or c.tp > 1, "it divides work over --tp, which is 1"),
             ("offload", not c.offload or c.zero > 0, "it moves what --zero divides, which is 0"),
             ("pipeline", c.pp > 1, "--pp=1 is no pipeline"),
-            ("recompute", c.recompute != "block" or c.model != "moe", "experts would count their visits twice; take attention"),
-            ("compile", not c.compile or c.pp == c.tp == c.cp == 1 and c.zero == 0, "only data parallelism can be compiled"),
+            ("recompute", c.recompute != "block" or c.model != "moe", "experts would count visits twice"),
+            ("compile", not c.compile or c.pp == c.tp == c.cp == 1 and c.zero == 0, "it is for data parallelism alone"),
             ("sample_tokens", c.samples > 0, "--samples=0 prints none"),
             ("resume", not (c.resume and c.overwrite), "--overwrite starts again")):
         if name in given and not means_something:

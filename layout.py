@@ -1,15 +1,15 @@
 """A language model on a layout of processes: data, tensor, pipeline, context, expert parallelism and ZeRO at once.
 
 Idea      Each kind of parallelism is a file of its own and knows nothing of the others. Here they are put together, in
-          the one order in which they fit: experts and matrices are cut, the sequence is dealt out, blocks become stages,
-          and what remains on a process is kept equal with its replicas, or divided among them (ZeRO). From outside it
-          is a model with an optimizer: batches in, a loss out, a step; its numbers are those of one process.
+          the one order in which they fit: experts are dealt out, and the sequence, matrices are cut, blocks become
+          stages, and what remains on a process is kept equal with its replicas, or divided among them (ZeRO). From
+          outside it is a model with an optimizer: batches in, a loss out, a step; its numbers are those of one process.
 Formula   processes = pp * dp * ep * cp * tp; the batch is divided over dp * ep of them.
           |g|^2 = sum over all processes and elements of g_i^2 / (number of processes that hold element i)
 Shapes    a batch: tokens, targets (B, T), the same for all processes that share an example
 Omits     experts beside context or pipeline parallelism: their balance is a mean over whole texts.
-Run       python layout.py                                                       layouts of 8 processes that fit a preset
-          torchrun --standalone --nproc_per_node=2 train.py --tp 2 --steps 20    a training run on one
+Run       python layout.py                                                     layouts of 8 processes that fit
+          torchrun --standalone --nproc_per_node=2 train.py --tp 2 --steps 20   a training run on one
 Test      pytest tests/test_layout.py
 """
 
@@ -88,17 +88,17 @@ def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
         raise ValueError(f"--ep={sizes.ep} does not divide {E} experts; "
                          + (f"{', '.join(map(str, fitting))} do" if E else "only --model=moe has any"))
     if E and (sizes.cp > 1 or sizes.pp > 1 or sizes.sequence):
-        raise ValueError("experts are balanced over whole texts: a moe takes --dp, --tp and --ep, no --cp, --pp, --sequence")
+        raise ValueError("experts are balanced over whole texts: a moe takes --dp, --tp and --ep alone")
     if sizes.zero and sizes.ep > 1:
         raise ValueError(f"--zero={sizes.zero} divides what --ep={sizes.ep} has divided already: take one of them")
     if sizes.zero == 3 and sizes.pp > 1:
-        raise ValueError("--zero=3 would gather every parameter for each microbatch of a pipeline: --zero=1 or 2 with --pp")
+        raise ValueError("--zero=3 would gather each parameter for each microbatch: --zero=1 or 2 with --pp")
     if sizes.offload and not sizes.zero:
         raise ValueError("--offload moves ZeRO's shards: it needs --zero=1, 2 or 3")
 
 
 def bytes_needed(N: int, sizes: Grid) -> float:
-    """For the fp32 weights, gradients and AdamW's moments of N parameters on one process, about: 16 N without a layout."""
+    """Of fp32 weights, gradients and AdamW's moments on one process, about: 16 N if nothing is divided."""
     P, here = sizes.dp, N / (sizes.tp * sizes.pp)
     divided = {0: 0, 1: 8, 2: 12, 3: 16}[sizes.zero]  # of 16 bytes per parameter
     return here * (16 - divided + divided / P)
@@ -173,7 +173,8 @@ class ParallelModel:
         if s.ep > 1:
             from moe import shard_experts
             shard_experts(model, self.mesh.ep)
-            self.experts = {name for name, _ in model.named_parameters() if name.endswith((".mlp.gate_up", ".mlp.down"))}
+            ends = (".mlp.gate_up", ".mlp.down")
+            self.experts = {name for name, _ in model.named_parameters() if name.endswith(ends)}
         if s.cp > 1:  # the sequence is dealt out over cp first, each part then over tp
             from ring_attention import context_parallel
             context_parallel(model, self.mesh.cp)
@@ -192,7 +193,8 @@ class ParallelModel:
         cut, s = getattr(p, "cut", None), self.sizes
         holders = 2 if self.pipe and name in self.pipe.tied else 1
         if cut is not None:
-            return _Place(whole, tuple(p.shape), cut.dim, self._rank("tp") // cut.copies * p.size(cut.dim), holders * cut.copies)
+            first = self._rank("tp") // cut.copies * p.size(cut.dim)
+            return _Place(whole, tuple(p.shape), cut.dim, first, holders * cut.copies)
         if name in self.experts:
             return _Place(whole, tuple(p.shape), 0, self._rank("ep") * p.size(0), holders * s.tp)
         return _Place(whole, tuple(p.shape), holders=holders * s.tp)
@@ -494,8 +496,8 @@ def main(preset: str, processes: int) -> None:
                          if getattr(s, name) != getattr(Grid, name))
         print(f"{s.dp:4} {s.tp:3} {s.pp:3} {s.cp:3} {s.ep:3} {s.zero:5} {bytes_needed(N, s) / 1e9:14.4f}   {flags}")
     least, most = (f(bytes_needed(N, s) / N for s in fitting) for f in (min, max))
-    print(f"{len(fitting)} layouts of {processes} processes fit, {refused} do not: {least:.2f} to {most:.2f} bytes per parameter "
-          f"(expected at most 16, at least 16 / {processes} = {16 / processes:.2f})")
+    print(f"{len(fitting)} layouts of {processes} processes fit, {refused} do not: {least:.2f} to {most:.2f} bytes per "
+          f"parameter (expected at most 16, at least 16 / {processes} = {16 / processes:.2f})")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 Idea      Backward needs what forward computed: the inputs of every layer, of every nonlinearity. Kept, that is most of
           a training step's memory. So a piece of the network keeps nothing but its input; when its backward begins, its
           forward is run once more, with the same dropout. A step costs one more forward of the piece.
-Formula   values kept per token and layer, of width D, heads H Dh = D, keys Hkv Dh, hidden width Dff (fp32: 4 bytes each)
+Formula   values kept per token and layer, of width D, heads H Dh = D, keys Hkv Dh, hidden width Dff
             none        all of the layer: 34 D bytes in 16 bits with dropout, about      Korthikanti et al. 2022, eq. 1
             attention   2 H Dh + 2 Hkv Dh fewer: q, k, v and the heads' outputs
             block       D: the layer's input, and one layer in full while it is computed again
           a step of 2 + 4 FLOPs per weight and token becomes 2 + 2 + 4: 4/3 of it, with block
 Shapes    x (B, T, D) -> block(x) (B, T, D), the same numbers to the last bit
-Omits     keeping the products and recomputing what is cheap (Korthikanti's selective recomputation by operator), offload
+Omits     keeping the products and recomputing what is cheap (Korthikanti's selective one, by operator), offload
           of activations, a choice of layers by cost (Chen et al. 2016's square root of L).
 Run       python recompute.py                       bytes kept and time of a step, each way, 20 s
           python recompute.py --context 512         longer texts
@@ -165,7 +165,8 @@ def main(kind: str, layers: int, width: int, context: int, rounds: int, seed: in
         milliseconds = {way: statistics.median(times[way]) * 1e3 for way in WAYS}
         expected = {"none": "1", "attention": "1.1", "block": "1.33"}[what]
         worst = max(worst, abs(bytes_kept[what] / formula - 1))
-        difference = max(difference, max((a - b).abs().max().item() for a, b in zip(gradients[what], gradients["none"])))
+        pairs = zip(gradients[what], gradients["none"])
+        difference = max(difference, *((a - b).abs().max().item() for a, b in pairs))
         print(f"{what:10} {bytes_kept[what] / 1e6:9.2f} {formula / 1e6:9.2f} {bytes_kept[what] / formula:6.3f} "
               f"{milliseconds[what]:11.1f} {milliseconds[what] / milliseconds['none']:8.2f}   {expected}")
     print(f"max |gradient - gradient of none| = {difference:.0e} (expected 0); bytes within {worst:.1%} of the formula "

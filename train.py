@@ -187,9 +187,9 @@ class Trainer:
         c, sizes = config, sizes_of(config)
         self.accumulation = c.batch_tokens // (sizes.parts * c.micro_batch * c.context)
         self.parallel = layout.ParallelModel(
-            model, lambda groups: make_optimizer(groups, c), lambda name, p: decay(p, c), sizes, self.accumulation, half=half,
-            autocast=torch.autocast(device, dtype, enabled=config.precision != "fp32" and not half), timeout=c.timeout,
-            initialise=initialise, device=world.device)
+            model, lambda groups: make_optimizer(groups, c), lambda name, p: decay(p, c), sizes,
+            self.accumulation, half, torch.autocast(device, dtype, enabled=c.precision != "fp32" and not half),
+            c.timeout, initialise, world.device)
         if config.compile:
             self._compile()
 
@@ -294,10 +294,10 @@ def decide(settings: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path | 
     """
     out = Path(settings.out)
     aligned = [stage for stage in alignment.STAGES if any((_home(out) / stage).glob("step-*"))]
-    if aligned and settings.stage != "pretrain" and settings.data is None and not (settings.resume or settings.overwrite) \
-            and not any(out.glob("step-*")):
-        raise ConfigError(f"{_home(out) / aligned[0]} already holds a run: --overwrite deletes it, --stage=pretrain ends "
-                          f"before it, --out=DIR writes elsewhere")
+    goes_on = settings.stage != "pretrain" and settings.data is None
+    if aligned and goes_on and not (settings.resume or settings.overwrite or any(out.glob("step-*"))):
+        raise ConfigError(f"{_home(out) / aligned[0]} already holds a run: --overwrite deletes it, --stage=pretrain "
+                          f"ends before it, --out=DIR writes elsewhere")
     mark, again = out / ".torchrun", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     restarted = again and mark.exists() and mark.read_text() == _this_torchrun()
     found = any(out.glob("step-*"))

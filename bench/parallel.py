@@ -310,8 +310,10 @@ def bench_simulate(device, rounds):
         "tp 2": sliced, "pp 2": piped(), "4 MB": lambda: dist.all_reduce(big), "4 B": lambda: dist.all_reduce(small),
         "message": lambda: dist.all_reduce(message)}, rounds)
     base = predict(Layout(1, 1, 1, micro=1), work, Cluster(flops=1e9)).seconds * 1e9
-    cluster = Cluster(base / times["1"], message.nbytes / (times["message"] - times["4 B"]), big.nbytes / times["4 MB"], times["4 B"], 2)
-    say(f"simulate  {cluster.flops / 1e9:.0f} GFLOP/s a process, {cluster.inside_node / 1e9:.2f} and {cluster.between_nodes / 1e9:.2f} GB/s, {cluster.latency * 1e6:.0f} us")
+    cluster = Cluster(base / times["1"], message.nbytes / (times["message"] - times["4 B"]), big.nbytes / times["4 MB"],
+                      times["4 B"], 2)
+    say(f"simulate  {cluster.flops / 1e9:.0f} GFLOP/s a process, {cluster.inside_node / 1e9:.2f} and {cluster.between_nodes / 1e9:.2f} GB/s, "
+        f"{cluster.latency * 1e6:.0f} us")
     for name, where in (("dp 2", Layout(2, 1, 1)), ("tp 2", Layout(1, 2, 1)), ("pp 2", Layout(1, 1, 2))):
         seconds = predict(where, work, cluster).seconds
         say(f"  {name}  predicted {seconds * 1e3:7.1f} ms, measured {times[name] * 1e3:7.1f} ms, off by {seconds / times[name] - 1:+.0%}")

@@ -128,8 +128,8 @@ def test_processes_that_do_not_make_the_layout_are_refused():
 @pytest.mark.parametrize("flags, message", (
     ("--ep=2", "--ep means nothing here: a gpt has no experts"), ("--sequence", "it divides work over --tp, which is 1"),
     ("--offload", "it moves what --zero divides"), ("--pipeline=zb", "--pp=1 is no pipeline"),
-    ("--compile --tp=2", "only data parallelism can be compiled"),
-    ("--model=moe --recompute=block", "experts would count their visits twice")))
+    ("--compile --tp=2", "it is for data parallelism alone"),
+    ("--model=moe --recompute=block", "experts would count visits twice")))
 def test_flags_that_mean_nothing_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
         refuse_meaningless(*parse(flags.split(), ""))
