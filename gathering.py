@@ -15,6 +15,7 @@ Test      pytest tests/test_zero.py
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -249,6 +250,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # --help, and nothing to set
     try:
         main()
     except KeyboardInterrupt:

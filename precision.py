@@ -323,6 +323,8 @@ def _train(trainer: MixedPrecision | None, model: nn.Module, steps: int, seed: i
 
 
 def main(steps: int, scale: float, seed: int, plot: str | None) -> None:
+    if steps < 1 or not 0 <= seed < 2**62:
+        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^62 - 1, got {steps} and {seed}")
     print(f"{'format':15}{'largest':>12}{'smallest':>12}{'1 + this > 1':>14}")
     for name, dtype in FORMATS.items():
         print(f"  {name:13}{torch.finfo(dtype).max:12.3g}{smallest(dtype):12.3g}{torch.finfo(dtype).eps:14.3g}")
