@@ -452,7 +452,7 @@ def curate(pattern: str, out: str | os.PathLike, world, say: Callable[[str], Non
 
 # --- 4. demo -----------------------------------------------------------------------------------
 
-def demo() -> None:
+def _demo() -> None:
     """A crawl with damage, curated at a stretch, and by a process that is killed on the way and started again."""
     from crawl import make_crawl
     from processes import World
@@ -482,7 +482,7 @@ def demo() -> None:
 
 def main(crawl: str | None, out: str | None, explain: bool, **options) -> None:
     if crawl is None:
-        return demo()
+        return _demo()
     if out is None:
         raise ValueError("say where the shards shall go: --out FOLDER")
     from processes import join

@@ -355,7 +355,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_losses_are_those_of_an_unkilled
     (tmp_path / "dies.py").write_text(DIES)
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
                     str(tmp_path / "dies.py"), moment, f"--out={tmp_path / 'killed'}", *arguments, PYTHONPATH=str(ROOT))
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     assert f"{resumed_from}\n" in output and "resuming from" in output
     assert losses(metrics(tmp_path / "killed")) == losses(metrics(tmp_path / "whole"))
