@@ -367,12 +367,12 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     world.say("\n".join(notes))
     if resumed:
         world.agree(lambda: _must_exist(resumed))
-    corpus = prepare(c, world, resumed)
     try:
-        sizes = models.describe(c, corpus.encoding.n_vocab)
-        layout.check(sizes_of(c), c.model, sizes, c.context)
+        layout.check(sizes_of(c), c.model, models.describe(c, c.vocab_size), c.context)
     except ValueError as error:  # heads, widths, ranks
         raise ConfigError(str(error)) from None
+    corpus = prepare(c, world, resumed)
+    sizes = models.describe(c, corpus.encoding.n_vocab)
     N, active, flops = models.parameters_and_flops(c.model, sizes)
     needed = layout.bytes_needed(N, sizes_of(c))
     if needed > memory(world.device):
