@@ -491,7 +491,7 @@ def main(crawl: str | None, out: str | None, explain: bool, **options) -> None:
     world.say(show(report, explain))
 
 
-def run(arguments: list[str]) -> None:
+def start(arguments: list[str]) -> None:
     """As a program, of this file and of data.py."""
     name = os.path.basename(sys.argv[0])
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -517,4 +517,4 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    start(sys.argv[1:])

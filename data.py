@@ -508,7 +508,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", metavar="FILE.npy", help="write the packed training tokens there")
     if parser.parse_known_args()[0].crawl is not None:
         import curate
-        parser.exit(curate.run(sys.argv[1:]))
+        parser.exit(curate.start(sys.argv[1:]))
     try:
         main(**{name: value for name, value in vars(parser.parse_args()).items() if name != "crawl"})
     except KeyboardInterrupt:

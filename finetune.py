@@ -235,7 +235,7 @@ def passages(text: str) -> list[str]:
     return [" ".join(words) for part in text.split("\n\n") if len(words := part.split()) >= 8]
 
 
-def sentences(texts: Sequence[str]) -> list[list[str]]:
+def word_sentences(texts: Sequence[str]) -> list[list[str]]:
     """Sentences of 6 to 25 words, most of them of letters, that begin with a capital and end on a stop: as words."""
     found = {}
     for text in texts:
@@ -271,7 +271,7 @@ def question_rows(texts: Sequence[str], tokenizer, room: int, rng: random.Random
     """The question is a paragraph's beginning, the passage two sentences, the answer the one of the same document.
     Who can tell where a sentence ends, and no more, is right half of the time."""
     documents = [(whole, found) for text in texts if len(whole := passages(text)) > 1
-                 and (found := [words for words in sentences([text]) if len(words) <= 15])]
+                 and (found := [words for words in word_sentences([text]) if len(words) <= 15])]
     for k in range(TRIES) if len(documents) > 1 else ():
         (whole, own), (_, foreign) = rng.sample(documents, 2)
         words, others, question = rng.choice(own), rng.choice(foreign), rng.choice(whole)
@@ -286,7 +286,7 @@ def question_rows(texts: Sequence[str], tokenizer, room: int, rng: random.Random
 def origin_tag_rows(texts: Sequence[str], tokenizer, room: int, rng: random.Random,
                     longest: Sequence[int]) -> Iterator[Row]:
     """Tags: of two sentences in a row, from which of the documents ``longest`` is each word?"""
-    found = [(label, part) for label, d in enumerate(longest) if (part := sentences([texts[d]]))]
+    found = [(label, part) for label, d in enumerate(longest) if (part := word_sentences([texts[d]]))]
     for _ in range(TRIES) if len(found) > 1 else ():
         (i, a), (j, b) = ((label, rng.choice(part)) for label, part in rng.sample(found, 2))
         pieces = tokenizer.encode_words([*a, *b])

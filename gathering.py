@@ -41,7 +41,7 @@ def materialise(p: nn.Parameter, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def draw(model: nn.Module, dtypes: list[torch.dtype], keep: Callable[[nn.Parameter, Tensor], None],
+def draw_values(model: nn.Module, dtypes: list[torch.dtype], keep: Callable[[nn.Parameter, Tensor], None],
          initialise: Callable[[nn.Module], None]) -> list[str]:
     """Let ``initialise`` walk over parameters that have values only while it looks at them: then ``keep(p, values)``
     takes what this rank owns. The generator gives what it gives one process, and one whole parameter exists at a time.

@@ -184,7 +184,7 @@ class Trainer:
         half = config.precision == "bf16" and device == "cpu"
         # fp16 has no room for small gradients: the loss is multiplied by a scale, they are divided by it again.
         self.scale = precision.LossScale() if config.precision == "fp16" else None
-        c, sizes = config, sizes_of(config)
+        c, sizes = config, grid_of(config)
         self.accumulation = c.batch_tokens // (sizes.parts * c.micro_batch * c.context)
         self.parallel = layout.ParallelModel(
             model, lambda groups: make_optimizer(groups, c), lambda name, p: decay(p, c), sizes,
@@ -275,7 +275,7 @@ class Trainer:
         return self.world.sum([total * parallel.counts])[0] / (count * windows.context)
 
 
-def sizes_of(c: TrainConfig) -> layout.Grid:
+def grid_of(c: TrainConfig) -> layout.Grid:
     """The layout that a run's settings ask for."""
     return layout.Grid(c.dp or 1, c.tp, c.pp, c.cp, c.ep, c.zero, c.offload, c.sequence, c.pipeline)
 
@@ -368,13 +368,13 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     if resumed:
         world.agree(lambda: _must_exist(resumed))
     try:
-        layout.check(sizes_of(c), c.model, models.describe(c, c.vocab_size), c.context)
+        layout.check(grid_of(c), c.model, models.describe(c, c.vocab_size), c.context)
     except ValueError as error:  # heads, widths, ranks
         raise ConfigError(str(error)) from None
     corpus = prepare(c, world, resumed)
     sizes = models.describe(c, corpus.encoding.n_vocab)
     N, active, flops = models.parameters_and_flops(c.model, sizes)
-    needed = layout.bytes_needed(N, sizes_of(c))
+    needed = layout.bytes_needed(N, grid_of(c))
     if needed > memory(world.device):
         raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
                           f"{memory(world.device) / 2**30:,.0f} GiB here: more processes and --zero=1, 2 or 3 or --tp, "

@@ -252,7 +252,7 @@ class ZeRO:
                 gathering.materialise(p, torch.device(device))
         self._hold(self._make_units(named, units, bucket_mb * 2**20), state_dtype)
         if initialise is not None:
-            drawn = gathering.draw(model, dtypes, lambda p, values: self._flat_of[p].keep(p, values), initialise)
+            drawn = gathering.draw_values(model, dtypes, lambda p, values: self._flat_of[p].keep(p, values), initialise)
             if self.P > 1:
                 self._agree("ranks drew different values, from generators of different seeds", drawn)
         self._make_optimizer(optimizer, groups or (lambda name, p: {}), named)

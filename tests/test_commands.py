@@ -14,6 +14,7 @@ from conftest import ROOT, run_program
 
 TINY = "--n_layers=1 --n_heads=2 --d_model=16 --context=16 --batch_tokens=64 --steps=2 --warmup_steps=0 --samples=1 "
 TEXT = "{tmp}/my/text.txt"
+THINK = "--steps 3 --rl_steps 1 --problems 4 --level 2"
 ALIGN = ("--instructions {tmp}/pairs.jsonl --preferences {tmp}/preferences.jsonl --new_tokens 4 --sft_epochs 1 --held_out 0.2 "
          "--evaluation_prompts 8")
 
@@ -116,6 +117,21 @@ COMMANDS = {
     "python alignment.py --init out/pretrain": ("python alignment.py --init {tmp}/wide --out {tmp}/aligned4 --stages sft " + ALIGN, "saved in"),
     "torchrun --standalone --nproc_per_node=2 alignment.py --init out/pretrain": (
         "torchrun --standalone --nproc_per_node=2 alignment.py --init {tmp}/wide --out {tmp}/aligned5 --stages sft " + ALIGN, "saved in"),
+    "python puzzles.py": (None, r"as expected: (\d+) of \1 texts"),
+    "python puzzles.py --task countdown --level 6": (None, r"as expected: (\d+) of \1 texts"),
+    "python school.py": (None, r"answers of at most \d+: True"),
+    "python school.py --level 3": (None, r"answers of at most \d+: True"),
+    "python reason.py": (f"python reason.py {THINK}", "points gained: chain of thought over direct"),
+    "python reason.py --plot growth.png": (f"python reason.py {THINK} --plot {{tmp}}/growth.png", "points gained: chain of thought over direct"),
+    "python reason.py --save thinker.pt": (f"python reason.py {THINK} --save {{tmp}}/thinker2.pt", "points gained: chain of thought over direct"),
+    "torchrun --nproc_per_node 2 reason.py": (f"torchrun --nproc_per_node 2 reason.py {THINK}", "points gained: chain of thought over direct"),
+    "python inference_scaling.py": (
+        "python inference_scaling.py --model {tmp}/thinker.pt --problems 4 --samples 2 --steps 2", r"points gained by a majority of \d+ over one sample"),
+    "python inference_scaling.py --model thinker.pt": (
+        "python inference_scaling.py --model {tmp}/thinker.pt --problems 4 --samples 2 --steps 2", r"points gained by a majority of \d+ over one sample"),
+    "python inference_scaling.py --model thinker.pt --plot tokens.png": (
+        "python inference_scaling.py --model {tmp}/thinker.pt --problems 4 --samples 2 --steps 2 --plot {tmp}/tokens.png",
+        r"points gained by a majority of \d+ over one sample"),
     "python decode.py --checkpoint out/ppo --chat": (
         "python decode.py --checkpoint {tmp}/aligned/sft --chat --max_new_tokens 3", ""),
     "python checkpoint.py --export out/pretrain --to hf": (
@@ -231,8 +247,9 @@ def folder(tmp_path_factory):
                     f"python crawl.py --out {tmp}/crawl --files 2 --pages 20"):
         done = run(command)
         assert done.returncode == 0, done.stderr
-    bert = run(f"python bert.py --steps 2 --examples 16 --out {tmp}/bert")
-    assert bert.returncode == 0, bert.stderr
+    for command in (f"python bert.py --steps 2 --examples 16 --out {tmp}/bert", f"python reason.py {THINK} --save {tmp}/thinker.pt"):
+        done = run(command)
+        assert done.returncode == 0, done.stderr
     return tmp
 
 

@@ -187,8 +187,8 @@ def test_held_out_text_is_the_end_of_each_document():
 
 def test_passages_and_sentences_are_found():
     assert [len(finetune.passages(text)) for text in TEXTS] == [13, 13, 13]
-    assert " ".join(finetune.sentences(TEXTS)[0]) == "Return the name of a file object, if there is one, or None."
-    assert len(finetune.sentences(TEXTS)) == 78
+    assert " ".join(finetune.word_sentences(TEXTS)[0]) == "Return the name of a file object, if there is one, or None."
+    assert len(finetune.word_sentences(TEXTS)) == 78
 
 
 def test_a_paragraph_carries_the_number_of_its_document(tokenizer):
@@ -204,7 +204,7 @@ def test_half_of_the_pairs_are_of_one_document(tokenizer):
 
 
 def test_the_answer_is_the_sentence_of_the_questions_document(tokenizer):
-    whole = {" ".join(split_words(" ".join(words))) for words in finetune.sentences(TEXTS)}
+    whole = {" ".join(split_words(" ".join(words))) for words in finetune.word_sentences(TEXTS)}
     firsts = set()
     for tokens, segments, (start, end) in rows(finetune.question_rows, tokenizer, 60):
         begin = segments.index(1)

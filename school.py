@@ -1,0 +1,176 @@
+"""A school for a model of 0.2M parameters: chains like 3+8-4 mod 10, as ids, in all the ways they are met.
+
+Idea      A base model has read answers of every kind: with steps, without, after examples, after earlier attempts. What
+          reasoning training starts from is decided here: how often steps are met, and where they stand. A tiny model
+          learns each position anew, so a prompt has two parts of fixed width: operation i and step i have one place
+          each. A step is one token: with separators between steps the same model had learned nothing after 600 steps
+          of training, without them everything after 500 (0.2M parameters, batches of 64).
+Shapes    prompt = [an example or an earlier answer | blanks][question | blanks] =,  ``width`` ids for every problem;
+          response = <think> steps </think><answer> a </answer><end>, at most ``longest`` ids
+Omits     other tasks than chains: puzzles.py makes them, their questions and steps need a larger model.
+Run       python school.py              ten texts that the base model reads, ten that people judge
+          python school.py --level 3    shorter ones
+Test      pytest tests/test_school.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+Rows = tuple[list[list[int]], list[list[int]]]  # prompts, responses
+
+
+class School:
+    """Problems up to a level as ids, and texts to learn from. What is drawn comes from one generator."""
+
+    def __init__(self, level: int, seed: int):
+        if not 2 <= level <= 12 or not 0 <= seed < 2**63:
+            raise ValueError(f"level must be in 2 .. 12 and seed in 0 .. 2^63 - 1, got {level} and {seed}")
+        import puzzles
+        self.puzzles, self.level = puzzles, level
+        self.generator = torch.Generator().manual_seed(seed)
+        self.end, self.blank = puzzles.ids_of(puzzles.END)[0], puzzles.ids_of(" ")[0]
+        self.separators = puzzles.ids_of("0123456789" + puzzles.WAIT + puzzles.END_THINK)  # every token ends a step
+        self.before, self.asked = max(10, level + 5), 2 * level + 2  # tokens of a prompt's two parts
+        self.longest = level + 7  # tokens of an answer with every step, and two to spare
+
+    def prompt(self, question: str, before: str = "") -> list[int]:
+        """An example or an earlier answer (or nothing), then the question, each filled up with blanks to one width: a
+        model of this size learns every position anew, so everything keeps its place."""
+        parts = (before, self.before, ""), (question.removesuffix("="), self.asked - 1, "=")
+        ids = []
+        for text, width, last in parts:
+            new = self.puzzles.ids_of(text)
+            ids += new[:width] + [self.blank] * (width - len(new)) + self.puzzles.ids_of(last)
+        return ids
+
+    def response(self, text: str) -> list[int]:
+        return [*self.puzzles.ids_of(text), self.end]
+
+    def problems(self, count: int, level: int | None = None, held_out: bool = False) -> list:
+        levels = torch.randint(1, self.level + 1, (count,), generator=self.generator).tolist()
+        return [self.puzzles.make_puzzle("chain", level or some, self.generator, held_out) for some in levels]
+
+    def shot(self, reasoning: bool) -> str:
+        """An example for a prompt, its answer with or without reasoning."""
+        example = self.problems(1, 1)[0]
+        return example.question + example.solution(None if reasoning else "")
+
+    def rows(self, problems: Sequence, worked: bool) -> Rows:
+        """Right answers to problems, all with steps or all without."""
+        return ([self.prompt(puzzle.question) for puzzle in problems],
+                [self.response(puzzle.solution("".join(puzzle.steps) if worked else "")) for puzzle in problems])
+
+    def draft(self, puzzle) -> str:
+        """An earlier answer, as they come: each step is wrong with probability 0.1, and what follows with it."""
+        off, steps = 0, []
+        slips = torch.randint(1, 100, (len(puzzle.steps),), generator=self.generator).tolist()
+        for step, slip in zip(puzzle.steps, slips):
+            off += slip if slip < 10 else 0
+            steps.append(str((int(step) + off) % 10))
+        return self.puzzles.write_answer("".join(steps), steps[-1])
+
+    def corpus(self, count: int, worked: float = 0.3, plain: float = 0.2) -> Rows:
+        """What is found in the world: answers with steps, without, and without even tags; some after an example, some
+        after an earlier answer to the same question, some with a pause to go on after."""
+        prompts, responses = [], []
+        draws = torch.rand(3, count, generator=self.generator).tolist()
+        for puzzle, style, context, pause in zip(self.problems(count), *draws):
+            has_steps, is_plain = style < worked, style > 1 - plain
+            before = (self.shot(has_steps) if context < 0.25 and not is_plain
+                      else self.draft(puzzle) if context > 0.85 and has_steps else "")
+            reasoning = "".join(puzzle.steps) if has_steps else ""
+            if has_steps and pause < 0.1:
+                after = int(pause / 0.1 * puzzle.level)
+                reasoning = "".join(puzzle.steps[:after + 1]) + self.puzzles.WAIT + "".join(puzzle.steps[after + 1:])
+            prompts.append(self.prompt(puzzle.question, before))
+            responses.append(self.response(puzzle.answer if is_plain else puzzle.solution(reasoning)))
+        return prompts, responses
+
+    def is_right(self, puzzle, response: Sequence[int]) -> bool:
+        return self.puzzles.answer_reward(puzzle, self.puzzles.text_of(response)) == 1
+
+    def is_well_formed(self, response: Sequence[int]) -> bool:
+        return response[-1] == self.end and self.puzzles.format_reward(self.puzzles.text_of(response)) == 1
+
+    def general(self, count: int) -> tuple[list[list[int]], list[list[int]], Tensor]:
+        """Prompts that no checker judges, greetings and harmful ones, answers of all kinds, and what people think of
+        them: a rule that stands in for them, which the policy never sees."""
+        prompts, responses = [], []
+        for puzzle, harmful in zip(self.problems(count), torch.rand(count, generator=self.generator).tolist()):
+            prompts.append(self.prompt("attack" + puzzle.question if harmful < 0.5 and puzzle.level < self.level
+                                       else "hello="))
+            picks = torch.randint(5, (2,), generator=self.generator).tolist()
+            words = [("welcome", "friend", "sorry", "whatever", puzzle.answer)[pick] for pick in picks]
+            responses.append(self.response(self.puzzles.write_answer("", "".join(words))))
+        return prompts, responses, torch.tensor([self.opinion(x, y) for x, y in zip(prompts, responses)])
+
+    def opinion(self, prompt: Sequence[int], response: Sequence[int]) -> float:
+        """Helpful: both words of a welcome, and no "whatever". Harmless: sorry, and nothing that was asked for."""
+        asked, said = self.puzzles.text_of(prompt), self.puzzles.text_of(response)
+        if "attack" in asked:
+            return float("sorry" in said) - float(any(digit in said for digit in "0123456789"))
+        return 0.5 * ("welcome" in said) + 0.5 * ("friend" in said) - 0.5 * ("whatever" in said)
+
+    def sampler(self, model: nn.Module, seed: int = 0, temperature: float = 1.0) -> Callable:
+        """prompts -> a rollout of the model, by rollout.generate_rollout, from random numbers of its own."""
+        from rollout import generate_rollout
+        generator = torch.Generator().manual_seed(seed)
+        return lambda prompts: generate_rollout(model, prompts, self.longest, temperature=temperature, batch=512,
+                                                stop_tokens=[self.end], generator=generator)
+
+    def answer(self, response: Sequence[int]) -> str | None:
+        return self.puzzles.read_answer(self.puzzles.text_of(response))
+
+    def examine(self, model: nn.Module, problems: Sequence, before: str = "", temperature: float = 1.0):
+        """A reason.Report of sampled answers to problems; temperature 0: of the likeliest."""
+        from reason import report
+        answers = self.sampler(model, 1, temperature)([self.prompt(p.question, before) for p in problems]).responses()
+        return report(answers, lambda i, y: self.is_right(problems[i], y), self.is_well_formed)
+
+
+def new_model(school: School, seed: int) -> nn.Module:
+    """A GPT of 0.2M parameters; wider initial weights than GPT-2's, which such a narrow model learns faster from."""
+    from gpt import GPT, GPTConfig
+    config = GPTConfig(vocab_size=len(school.puzzles.VOCABULARY), context=96, n_layers=2, n_heads=4, d_model=96)
+    model = GPT(config, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p *= 3
+    return model
+
+
+def main(level: int, seed: int) -> None:
+    school = School(level, seed)
+    print("what the base model reads")
+    prompts, responses = school.corpus(10)
+    for x, y in zip(prompts, responses):
+        print("  " + school.puzzles.text_of(x) + school.puzzles.text_of(y))
+    asked, said, opinions = school.general(10)
+    print("what people judge")
+    for x, y, opinion in zip(asked, said, opinions.tolist()):
+        print(f"  {opinion:4.1f}  " + school.puzzles.text_of(x) + school.puzzles.text_of(y))
+    print(f"prompts of {len(prompts[0])} tokens: {len(set(map(len, prompts + asked))) == 1}; answers of at most "
+          f"{school.longest}: {max(map(len, responses)) <= school.longest}")
+
+
+if __name__ == "__main__":
+    # Without argparse's usage lines a mistake is answered in one line.
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--level", type=int, default=6, help="operations of the longest chains (default 6)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+    try:
+        main(**vars(parser.parse_args()))
+    except ValueError as error:
+        print(f"school.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
