@@ -426,7 +426,8 @@ def _figure(path: str | None):
 
 
 def _draw(figure, by_level: dict[int, list[Point]]) -> None:
-    for axes, (level, points) in zip(figure.subplots(1, len(by_level), sharey=True, squeeze=False)[0], by_level.items()):
+    rows = figure.subplots(1, len(by_level), sharey=True, squeeze=False)
+    for axes, (level, points) in zip(rows[0], by_level.items()):
         for method in dict.fromkeys(point.method for point in points):
             some = [point for point in points if point.method == method]
             axes.plot([point.tokens for point in some], [point.accuracy for point in some], "o-", label=method)
