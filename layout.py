@@ -302,7 +302,8 @@ class ParallelModel:
         if self.sizes.plain:
             return nn.utils.clip_grad_norm_(self.masters.values(), most).item()
         grads = self._gradients()
-        total = torch.zeros((), dtype=torch.float64, device=next(iter(grads.values())).device)
+        device = next((grad.device for grad in grads.values() if grad is not None), "cpu")
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for name, grad in grads.items():
             if grad is not None:
                 total += grad.double().square().sum() / self._holders(name)
