@@ -37,6 +37,8 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+import thread_ranks  # noqa: E402
+
 # The tests' tensors are small: a second thread costs more than it brings, and ranks share the cores.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,10 +46,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """With pytest-xdist there, files of tests are shared out over two processes; ``-n 0`` has one, as without."""
+    """With pytest-xdist there, tests are shared out over two processes; ``-n 0`` has one, as without."""
     is_worker = hasattr(config, "workerinput")
     if not is_worker and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
-        config.option.numprocesses, config.option.dist = 2, "loadfile"
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
 def _with_rank(error, rank):
@@ -58,8 +60,10 @@ def _with_rank(error, rank):
 
 # --- ranks as threads -------------------------------------------------------------------------
 
-def run_ranks(P, fn, *args, timeout=60.0):
-    """[fn(0, *args), ..., fn(P - 1, *args)], every call in a thread with its own gloo process group.
+def run_ranks(P, fn, *args, timeout=60.0, backend="threads"):
+    """[fn(0, *args), ..., fn(P - 1, *args)], every call in a thread with its own process group.
+
+    backend: "threads" (thread_ranks.py) or "gloo", over sockets.
 
     Raises:
         the exception of the rank that failed first; TimeoutError if a rank is not back in `timeout` seconds.
@@ -67,11 +71,12 @@ def run_ranks(P, fn, *args, timeout=60.0):
     from torch.testing._internal.distributed import multi_threaded_pg
 
     store, everyone_done = dist.HashStore(), threading.Barrier(P)
+    office = thread_ranks.open_office(store)
     results, errors = [None] * P, []  # errors: (rank, exception), the first one first
 
     def run(rank):
         try:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=P,
+            dist.init_process_group(backend, store=store, rank=rank, world_size=P,
                                     timeout=timedelta(seconds=timeout))
             results[rank] = fn(rank, *args)
             everyone_done.wait(timeout)  # a group destroyed early would cut off ranks still talking to it
@@ -80,6 +85,7 @@ def run_ranks(P, fn, *args, timeout=60.0):
         except BaseException as error:
             errors.append((rank, error))
             everyone_done.abort()
+            office.close(f"rank {rank} failed")
             traceback.clear_frames(error.__traceback__)  # they hold the group, and with it its connections
         finally:
             if dist.is_initialized():
@@ -101,6 +107,7 @@ def run_ranks(P, fn, *args, timeout=60.0):
     finally:
         multi_threaded_pg._uninstall_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        thread_ranks.close_office(office)
     if errors:
         rank, error = errors[0]
         raise _with_rank(error, rank)
