@@ -191,7 +191,7 @@ COMMANDS = {
     "python train.py --data 'my/*.txt' --out out/mine": (
         f"python train.py --data {{tmp}}/my/*.txt --vocab_size=280 --out {{tmp}}/4 {TINY}", "saved in"),
     "python train.py --resume": ("python train.py --resume --out {tmp}/run --steps 3", "resuming from"),
-    "python train.py --help": (None, "--loss_scale"),
+    "python train.py --help": (None, "--save_every INT"),
 }
 NOT_RUN_HERE = {  # what installs, what would run this very test, and a ladder of models (tests/test_ladder.py has a short one)
     "python scaling.py --measure", "python ladder.py", "python ladder.py      or python scaling.py --measure: minutes on two cores",

@@ -207,11 +207,11 @@ def test_a_damaged_piece_is_refused_on_every_rank_before_anything_changes(saved,
 
 def test_another_models_checkpoint_is_refused_on_every_rank(saved):
     def resume(rank):
-        other = ParallelModel(build("gpt", GPT[1] | {"n_layers": 5}), torch.optim.AdamW, decay, Grid(dp=2))
+        other = ParallelModel(build("gpt", SHALLOW[1] | {"n_layers": 5}), torch.optim.AdamW, decay, Grid(dp=2))
         path = saved[0]["dp4"]
         with pytest.raises(checkpoint.CheckpointError, match="another model: only the model has blocks.2"):
             checkpoint.load_into(path, other.tensors(checkpoint.shapes(path)), dist.group.WORLD)
-        wide = ParallelModel(build("gpt", GPT[1] | {"d_model": 32}), torch.optim.AdamW, decay, Grid(dp=2))
+        wide = ParallelModel(build("gpt", SHALLOW[1] | {"d_model": 32}), torch.optim.AdamW, decay, Grid(dp=2))
         with pytest.raises(checkpoint.CheckpointError, match=r"another model: .* is \(.*16.*\) in it, \(.*32.*\) here"):
             checkpoint.load_into(path, wide.tensors(checkpoint.shapes(path)), dist.group.WORLD)
 
