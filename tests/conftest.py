@@ -12,8 +12,10 @@ Both call fn(rank, *args) on every rank with torch.distributed initialised on gl
 results in rank order. An exception on a rank is raised again here, its message preceded by "rank r: ".
 
     run_program(["gpt.py", "--steps", "2"])    a file as the main program, in a process that has torch already
+    run_program(["zero.py"], processes=2)      on two, as torchrun starts them
 """
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -124,11 +126,11 @@ def _context():
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
     if has_server:
-        context.set_forkserver_preload(["torch", "torch._dynamo"])  # every optimizer imports the latter
+        context.set_forkserver_preload(["preloaded"])
     return context
 
 
-def _program(words, folder, outputs):
+def _program(words, folder, outputs, variables):
     """What ``python words...`` does, its output in files."""
     for number, path in zip((1, 2), outputs):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -136,23 +138,45 @@ def _program(words, folder, outputs):
     # This process began with pytest's own streams: a program has streams of its own.
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", closefd=False), open(2, "w", closefd=False)
     os.chdir(folder)
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    # The processes that a program starts have torch already, too.
+    torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
     file = Path(folder, words[0]).resolve()
     sys.argv, sys.path[0] = list(words), str(file.parent)
     runpy.run_path(str(file), run_name="__main__")
 
 
-def run_program(words, folder=ROOT, timeout=170.0):
-    """subprocess.run([python, *words], cwd=folder, text and output captured), without the seconds of importing torch."""
+def run_program(words, folder=ROOT, timeout=170.0, processes=None):
+    """subprocess.run([python, *words], cwd=folder, text and output captured), without the seconds of importing torch.
+
+    ``processes``: as many at once, with the variables that torchrun sets; the output is that of rank 0.
+    """
+    words = [str(word) for word in words]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes else None
     with tempfile.TemporaryDirectory() as outputs:
-        paths = [os.path.join(outputs, name) for name in ("stdout", "stderr")]
-        process = _context().Process(target=_program, args=([str(word) for word in words], folder, paths))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        texts = [Path(path).read_text() if os.path.exists(path) else "" for path in paths]
-        return subprocess.CompletedProcess(words, process.exitcode, *texts)
+        started = []
+        for rank in range(processes or 1):
+            paths = [os.path.join(outputs, f"{name}{rank}") for name in ("stdout", "stderr")]
+            variables = _torchrun(rank, processes, store.port) if processes else {}
+            started.append(_context().Process(target=_program, args=(words, folder, paths, variables)))
+            started[-1].start()
+        deadline = time.monotonic() + timeout
+        for process in started:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in started:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        texts = [Path(outputs, name).read_text() if Path(outputs, name).exists() else "" for name in ("stdout0", "stderr0")]
+        return subprocess.CompletedProcess(words, next((p.exitcode for p in started if p.exitcode), 0), *texts)
+
+
+def _torchrun(rank, P, port):
+    """The variables that torchrun sets."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(P), "LOCAL_WORLD_SIZE": str(P),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is up, no rank has to host it
 
 
 # --- ranks as processes -----------------------------------------------------------------------
@@ -161,9 +185,7 @@ def _process(rank, P, port, timeout, init, call, connection):
     """One rank: reports (True, result) or (False, (exception, traceback)), by value, pickled once."""
     try:
         torch.set_num_threads(1)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(P), LOCAL_WORLD_SIZE=str(P),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                          TORCHELASTIC_USE_AGENT_STORE="True")  # the store is up, no rank has to host it
+        os.environ.update(_torchrun(rank, P, port))
         if init:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         fn, args = pickle.loads(call)

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import functools
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -15,12 +17,14 @@ import checkpoint
 import decode
 import labeller
 import processes
+import rlhf
 import stages
 import tokenizer
 from alignment import AlignConfig, AlignmentError, format_table, run_stages
 from conftest import run_ranks
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
+from team import Team
 
 WORDS = "Return the name of a list. Set every line to text. Remove common space from what is given. Get items now."
 SMALL = dict(new_tokens=6, sft_epochs=2, sft_batch=8, pairs=40, reward_batch=8, reward_epochs=1, ppo_steps=2, ppo_batch=8,
@@ -98,10 +102,11 @@ def test_a_run_ends_with_a_table_of_all_policies_and_files_of_each(done):
     assert len({parameters(out / name).sum().item() for name in POLICIES}) == 4
 
 
-def test_two_processes_learn_and_judge_as_one(base, done, tmp_path):
+@pytest.mark.parametrize("P, layout", [(2, dict(tp=2)), (2, dict(zero=3))], ids=str)
+def test_every_layout_learns_and_judges_as_one_process(base, done, tmp_path, P, layout):
     out, table = done
-    found = run_ranks(2, lambda rank: run_stages(config(base, tmp_path), processes.World(rank, 2, rank, 2)), timeout=100)
-    assert found[0] == found[1]
+    found = run_ranks(P, lambda rank: run_stages(config(base, tmp_path, **layout), processes.World(rank, P, rank, P)), timeout=100)
+    assert found[0] == found[-1]
     for name in POLICIES:
         torch.testing.assert_close(parameters(tmp_path / name), parameters(out / name), rtol=0, atol=1e-5)
     for ours, theirs in zip(found[0], table):
@@ -119,27 +124,29 @@ def test_a_stage_entered_alone_is_the_stage_of_the_whole_run(done, tmp_path, sta
     assert [line["model"] for line in found] == ["sft", stage] and found[1]["gold"] == table[1 + POLICIES.index(stage)]["gold"]
 
 
-def test_ppo_resumed_is_ppo_unbroken_with_its_critic_and_its_price(done, tmp_path, monkeypatch):
+def test_ppo_after_ctrl_c_is_ppo_unbroken_with_its_critic_and_its_price(done, tmp_path, monkeypatch):
     out, _ = done
-    settings = SMALL | dict(init=str(out / "sft"), reward_model=str(out / "reward"), stages="ppo", ppo_steps=3, save_every=1)
+    settings = SMALL | dict(init=str(out / "sft"), reward_model=str(out / "reward"), stages="ppo", ppo_steps=3)
+    monkeypatch.setattr(alignment, "evaluate_policies", lambda *arguments: [])
+    monkeypatch.setattr(alignment, "format_table", lambda table: "")
     world = processes.World()
     run_stages(AlignConfig(**settings, out=str(tmp_path / "a")), world)
-    update, calls = __import__("rlhf").ppo_update, []
+    update, calls = rlhf.ppo_update, []
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
         return update(*arguments)
 
-    monkeypatch.setattr("rlhf.ppo_update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(rlhf, "ppo_update", interrupted)
+    with pytest.raises(SystemExit) as left:
         run_stages(AlignConfig(**settings, out=str(tmp_path / "b")), world)
-    assert not (tmp_path / "b/ppo/step-00000003").exists()
+    assert left.value.code == 130 and checkpoint.latest(tmp_path / "b/ppo").name == "step-00000002"
     with pytest.raises(ValueError, match="already holds a run: --resume goes on"):
         run_stages(AlignConfig(**settings, out=str(tmp_path / "b")), world)
     run_stages(AlignConfig(**settings, out=str(tmp_path / "b"), resume=True), world)
-    assert len(calls) == 4 and torch.equal(parameters(tmp_path / "a/ppo"), parameters(tmp_path / "b/ppo"))
+    assert len(calls) == 3 and torch.equal(parameters(tmp_path / "a/ppo"), parameters(tmp_path / "b/ppo"))
     again = AlignConfig(**settings | dict(seed=1), out=str(tmp_path / "b"), overwrite=True)
     run_stages(again, world)
     assert not torch.equal(parameters(tmp_path / "a/ppo"), parameters(tmp_path / "b/ppo"))
@@ -147,12 +154,17 @@ def test_ppo_resumed_is_ppo_unbroken_with_its_critic_and_its_price(done, tmp_pat
 
 def test_files_of_the_users_own_are_learnt_from_by_a_llama(base, tmp_path):
     (tmp_path / "i.jsonl").write_text("".join(json.dumps({"prompt": f"q {i}", "response": "Return it."}) + "\n" for i in range(20)))
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"p {i}", "chosen": "Yes.", "rejected": "no"}) + "\n" for i in range(30)))
+    lines = [{"prompt": f"p {i}"} | ({"answers": ["Yes.", "Well.", "no"]} if i % 2 else {"chosen": "Yes.", "rejected": "no"})
+             for i in range(30)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = dict(instructions=str(tmp_path / "i.jsonl"), preferences=str(tmp_path / "p.jsonl"))
     table = run_stages(config(base, tmp_path / "out", "llama", **files), processes.World())
     assert [line["model"] for line in table] == ["base", *POLICIES] and "gold" not in table[0] and "score" in table[0]
     assert table[1]["answers"][0][0].startswith("p ")
     assert not (tmp_path / "out/sft/preferences.jsonl").exists()
+    held_out = json.loads((tmp_path / "out/reward/held_out.json").read_text())
+    _, aside = chat.split_conversations([chat.Conversation(chat.ask(line["prompt"]), line) for line in lines], 0.3)
+    assert held_out["pairs"] == sum(3 if "answers" in c.where else 1 for c in aside) and held_out["accuracy"] > 0.5
     only = run_stages(config(base, tmp_path / "other", "llama", instructions=files["instructions"], stages="sft"), processes.World())
     assert [line["model"] for line in only] == ["base", "sft"] and only[0]["answers"][0][0].startswith("q ")
     with pytest.raises(AlignmentError, match="--instructions has no labeller: give --preferences too"):
@@ -219,7 +231,7 @@ def test_what_is_missing_is_refused_before_work_begins(base, tmp_path):
     with pytest.raises(ValueError, match="long.jsonl, line 3: the prompt of .* fills the context of 64"):
         run_stages(config(base, tmp_path / "o", instructions=str(tmp_path / "long.jsonl"), stages="sft", held_out=0.01), world)
     with pytest.raises(ValueError, match="3 answers are too few for 5 processes"):
-        stages.sample_answers(None, None, [1, 2, 3], None, processes.World(0, 5), (0,))
+        stages.sample_answers(None, None, [1, 2, 3], None, Team(processes.World(0, 5)), (0,))
 
 
 def test_default_questions_that_fill_the_context_are_left_out(base):

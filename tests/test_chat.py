@@ -109,7 +109,7 @@ def test_pairs_learn_their_last_answers_and_refuse_what_is_equal_up_to_the_conte
     chosen, rejected = fit_pair(encoding, Preference(turns, "de", "f", "w"), 64)
     assert chosen == (render_prompt(encoding, turns) + [100, 101, 260], [0.0] * 10 + [1.0] * 3)
     assert rejected[1] == [0.0] * 10 + [1.0] * 2
-    with pytest.raises(ValueError, match="w: both answers begin with the same tokens"):
+    with pytest.raises(ValueError, match="w: two answers begin with the same tokens"):
         fit_pair(encoding, Preference(turns, "dea", "deb", "w"), 12)
     with pytest.raises(ValueError, match="w: the prompt of 10 tokens fills the context of 10"):
         fit_pair(encoding, Preference(turns, "dea", "deb", "w"), 10)
@@ -161,6 +161,14 @@ def test_files_of_all_three_kinds_are_read(tmp_path):
     assert [(p.messages, p.chosen, p.rejected) for p in found] == [(turns[1:2], "a", "b"), (turns[:2], "a", "b")]
 
 
+def test_rankings_of_several_answers_are_read_and_fitted_best_first(tmp_path, encoding):
+    [found] = read_preferences(file_of(tmp_path, {"prompt": "q", "answers": ["a", "b", [{"role": "assistant", "content": "c"}]]}))
+    assert found.answers == ["a", "b", "c"] and (found.chosen, found.rejected) == ("a", "c")
+    assert [answer_text(encoding, tokens[4:]) for tokens, _ in fit_pair(encoding, found, 64)] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="w: two answers begin with the same tokens"):
+        fit_pair(encoding, Preference(ask("q"), "xa", "b", "w", ("xb",)), 5)
+
+
 GOOD = {"prompt": "q", "response": "a"}
 
 
@@ -182,7 +190,10 @@ def test_bad_conversations_are_refused_by_line(tmp_path, line, message):
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, "line 1: both answers are the same"),
     ({"prompt": "q", "chosen": "", "rejected": "a"}, 'line 1: "chosen" is empty'), ({"chosen": "b", "rejected": "a"}, 'no "prompt"'),
     ({"prompt": "q", "chosen": [{"role": "user", "content": "a"}], "rejected": "a"}, '"chosen" ends with the user'),
-    ({"prompt": [{"role": "assistant", "content": "a"}], "chosen": "b", "rejected": "a"}, "end with the user")])
+    ({"prompt": [{"role": "assistant", "content": "a"}], "chosen": "b", "rejected": "a"}, "end with the user"),
+    ({"prompt": "q", "answers": ["a"]}, "line 1: \"answers\" is \\['a'\\], not a list of two or more"),
+    ({"prompt": "q", "answers": ["a", "b", "a"]}, "line 1: two answers are the same"),
+    ({"prompt": "q", "answers": ["a", ""]}, 'line 1: "answers\\[1\\]" is empty')])
 def test_bad_preferences_are_refused_by_line(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         read_preferences(file_of(tmp_path, line))

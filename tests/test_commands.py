@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run_program
 
 TINY = "--n_layers=1 --n_heads=2 --d_model=16 --context=16 --batch_tokens=64 --steps=2 --warmup_steps=0 --samples=1 "
@@ -32,7 +33,7 @@ COMMANDS = {
     "python data.py": (None, "seen exactly once: True"),
     "python data.py --data 'my/**/*.txt'": ("python data.py --data {tmp}/my/**/*.txt --context 16",
                                              "seen exactly once: True"),
-    "python decode.py": (None, "True"),
+    "python decode.py": ("python decode.py --max_new_tokens 8", "True"),
     'python decode.py --checkpoint out/pretrain --prompt "The function"': (
         'python decode.py --checkpoint {tmp}/run --prompt "The" --max_new_tokens 5', "The"),
     "python decode.py --checkpoint out/pretrain --chat": (
@@ -66,27 +67,27 @@ COMMANDS = {
     'python rnn_nmt.py --language german --translate "ninety-seven"': (
         'python rnn_nmt.py --language german --translate "ninety-seven" --steps 1', r"the longest fifth: \d+ % right"),
     "python rnn_nmt.py --pairs fra.tsv": ("python rnn_nmt.py --pairs {tmp}/fra.tsv --steps 1", r"the longest fifth: \d+ % right"),
-    "python word2vec.py": ("python word2vec.py --epochs 1", r"held-out loss 4\.1589 -> \d\.\d+, lower: True"),
+    "python word2vec.py": ("python word2vec.py --epochs 1 --d_model 32", r"held-out loss 4\.1589 -> \d\.\d+, lower: True"),
     "python word2vec.py --data words": ("python word2vec.py --data words --epochs 1 --d_model 8", r"held-out loss .*lower: True"),
-    "python word2vec.py --plot calls.png": ("python word2vec.py --epochs 1 --plot {tmp}/calls.png", r"held-out loss .*lower: True"),
+    "python word2vec.py --plot calls.png": ("python word2vec.py --data words --epochs 1 --d_model 8 --plot {tmp}/calls.png", r"held-out loss .*lower: True"),
     "python transformer.py": ("python transformer.py --steps 2", r"better than both in both: (True|False) \(expected True\)"),
     "python transformer.py --pairs pairs.tsv": ("python transformer.py --pairs {tmp}/fra.tsv --steps 2", "better than both in both"),
     "python t5.py": ("python t5.py --steps 1", r"\d of 4 answers right \(expected all\)"),
     "python span_corruption.py": ("python span_corruption.py --steps 2 --words 100", r"every task above 90 %: (True|False)"),
     "python scaling.py": (None, "lectures' numbers: 21 of 21"),
     "python scaling.py --gpu v100 --gpus 64": (None, r"\d+ of 17 models can be trained"),
-    "python scaling.py --fit runs.csv": ("python scaling.py --fit chinchilla", r"N_opt ~ C\^a by the methods"),
+    "python scaling.py --fit runs.csv": ("python scaling.py --fit {tmp}/runs.csv", r"N_opt ~ C\^a by the methods"),
     "python scaling.py --plan llama3_405b --gpus 16384 --gpu h100 --tokens 15e12": (None, "best: dp"),
     "python scaling.py --validate": (None, "25 of 28 runs"),
     "python scaling_laws.py": (None, r"N_opt ~ C\^a .*expected 0.452"),
-    "python scaling_laws.py --fit runs.csv": ("python scaling_laws.py --fit chinchilla", r"N_opt ~ C\^a by the methods"),
+    "python scaling_laws.py --fit runs.csv": ("python scaling_laws.py --fit {tmp}/runs.csv", r"N_opt ~ C\^a by the methods"),
     "python planner.py --validate": (None, "25 of 28 runs"),
     "python speedup.py": ("python speedup.py --repeats 1", r"0\.0500 \(expected 0\.0500\)"),
     "python wordpiece.py": (None, "naive = fast: True"),
     "python wordpiece.py --data book.txt --out vocab.txt": (
         f"python wordpiece.py --data {TEXT} --out {{tmp}}/vocab.txt --vocab_size 300", "naive = fast: True"),
-    "python masked_lm.py": ("python masked_lm.py --vocab_size 600", r"chosen [\d.]+%: \[MASK\]"),
-    "python bert.py": ("python bert.py --steps 2 --examples 16 --out {tmp}/bert2", r"transfer: .* on \d of 4 tasks"),
+    "python masked_lm.py": ("python masked_lm.py --data {tmp}/pages.jsonl --vocab_size 300", r"chosen [\d.]+%: \[MASK\]"),
+    "python bert.py": ("python bert.py --steps 2 --examples 16 --out {tmp}/bert", r"transfer: .* on \d of 4 tasks"),
     "python finetune.py": ("python finetune.py --examples 2", r"above the baseline on \d of 4 tasks"),
     "python flash_attn.py": ("python flash_attn.py --lengths 32 64", r"counted = formula: True; .*\(OK"),
     "python flash_attn.py --plot attention.png": (
@@ -121,9 +122,9 @@ COMMANDS = {
     "python puzzles.py --task countdown --level 6": (None, r"as expected: (\d+) of \1 texts"),
     "python school.py": (None, r"answers of at most \d+: True"),
     "python school.py --level 3": (None, r"answers of at most \d+: True"),
-    "python reason.py": (f"python reason.py {THINK}", "points gained: chain of thought over direct"),
+    "python reason.py": (f"python reason.py {THINK} --save {{tmp}}/thinker.pt", "points gained: chain of thought over direct"),
     "python reason.py --plot growth.png": (f"python reason.py {THINK} --plot {{tmp}}/growth.png", "points gained: chain of thought over direct"),
-    "python reason.py --save thinker.pt": (f"python reason.py {THINK} --save {{tmp}}/thinker2.pt", "points gained: chain of thought over direct"),
+    "python reason.py --save thinker.pt": (f"python reason.py {THINK} --save {{tmp}}/thinker.pt", "points gained: chain of thought over direct"),
     "torchrun --nproc_per_node 2 reason.py": (f"torchrun --nproc_per_node 2 reason.py {THINK}", "points gained: chain of thought over direct"),
     "python inference_scaling.py": (
         "python inference_scaling.py --model {tmp}/thinker.pt --problems 4 --samples 2 --steps 2", r"points gained by a majority of \d+ over one sample"),
@@ -216,14 +217,28 @@ def run(command):
     words = shlex.split(command)
     if words[0] == "python":
         return run_program(words[1:])
+    if words[1] != "--standalone":
+        processes, *words = re.fullmatch(r"torchrun --nproc_per_node[ =](\d+) (.*)", command).groups()
+        return run_program(shlex.split(*words), processes=int(processes))
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=ROOT, capture_output=True,
                           text=True, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=170)
 
 
+# what a command reads -> what makes it
+MADE_BY = {
+    "{tmp}/run": f"python train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/run {TINY}",
+    "{tmp}/wide": f"python train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/wide {TINY} --context=96 --batch_tokens=192",
+    "{tmp}/aligned/": f"python alignment.py --init {{tmp}}/wide --out {{tmp}}/aligned --stages sft,dpo {ALIGN}",
+    "{tmp}/crawl/": "python crawl.py --out {tmp}/crawl --files 2 --pages 20",
+    "{tmp}/bert": "python bert.py --steps 2 --examples 16 --out {tmp}/bert",
+    "{tmp}/thinker.pt": f"python reason.py {THINK} --save {{tmp}}/thinker.pt",
+}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Texts, and what commands that come after others need."""
-    tmp = tmp_path_factory.mktemp("commands")
+def do(tmp_path_factory):
+    """Runs a command at its smallest size, once, after those that make what it reads."""
+    tmp, done = tmp_path_factory.mktemp("commands"), {}
     (tmp / "my").mkdir()
     text = (ROOT / "README.md").read_text()
     (tmp / "my" / "text.txt").write_text(text)
@@ -233,8 +248,6 @@ def folder(tmp_path_factory):
     numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     (tmp / "fra.tsv").write_text("".join(f"{a} and {b}\t{b} et {a}\n" for a in numbers for b in numbers))
     (tmp / "my.vec").write_text("2 2\nking 1 0\nqueen 0 1\n")
-    first = run(f"python train.py --data {tmp}/my/text.txt --vocab_size=280 --out {tmp}/run {TINY}")
-    assert first.returncode == 0, first.stderr
     paragraphs = [p for p in text.split("\n\n") if len(p) > 40]
     for name, documents in (("pages", paragraphs * 3), ("good", [p.upper() for p in paragraphs] * 3)):
         (tmp / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{i} {p}"}) + "\n" for i, p in enumerate(documents)))
@@ -242,15 +255,19 @@ def folder(tmp_path_factory):
     (tmp / "pairs.jsonl").write_text("".join(json.dumps({"prompt": q, "response": f"a number: {q[8:-1]}"}) + "\n" for q in asked))
     (tmp / "preferences.jsonl").write_text("".join(
         json.dumps({"prompt": q, "chosen": "a number", "rejected": "no number"}) + "\n" for q in asked))
-    for command in (f"python train.py --data {tmp}/my/text.txt --vocab_size=280 --out {tmp}/wide {TINY} --context=96 --batch_tokens=192",
-                    f"python alignment.py --init {tmp}/wide --out {tmp}/aligned {ALIGN.replace('{tmp}', str(tmp))} --stages sft,dpo",
-                    f"python crawl.py --out {tmp}/crawl --files 2 --pages 20"):
-        done = run(command)
-        assert done.returncode == 0, done.stderr
-    for command in (f"python bert.py --steps 2 --examples 16 --out {tmp}/bert", f"python reason.py {THINK} --save {tmp}/thinker.pt"):
-        done = run(command)
-        assert done.returncode == 0, done.stderr
-    return tmp
+    runs = [(N, C / (6 * N)) for C in (1e18, 1e19, 1e20) for N in (C / 1e18) ** 0.5 * torch.logspace(7, 9, 5).numpy()]
+    (tmp / "runs.csv").write_text("N,D,loss\n" + "".join(
+        f"{N},{D},{1.7 + 400 / N ** 0.34 + 400 / D ** 0.28}\n" for N, D in runs))
+
+    def do(command):
+        if command not in done:
+            for what, maker in MADE_BY.items():
+                if what in command and maker != command:
+                    assert do(maker).returncode == 0, do(maker).stderr
+            done[command] = run(command.replace("{tmp}", str(tmp)))
+        return done[command]
+
+    return do
 
 
 def test_every_command_that_is_shown_is_run_here():
@@ -258,8 +275,8 @@ def test_every_command_that_is_shown_is_run_here():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_ends_as_it_says(folder, command):
-    smallest, _ = COMMANDS[command]
-    found = run((smallest or command).replace("{tmp}", str(folder)))
+def test_command_ends_as_it_says(do, command):
+    smallest, ending = COMMANDS[command]
+    found = do(smallest or command)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert re.search(COMMANDS[command][1], found.stdout[-3000:]), found.stdout[-3000:]
+    assert re.search(ending, found.stdout[-3000:]), found.stdout[-3000:]

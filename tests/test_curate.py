@@ -5,11 +5,14 @@ import itertools
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
 import sys
 import time
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,11 @@ import crawl
 import curate
 import data
 import deduplication
+import packing
 import quality
+import tokenizer
+import train
+from config import TrainConfig, derive
 from crawl import make_crawl
 from processes import ProcessError, World
 
@@ -55,9 +62,9 @@ def test_report_counts_exactly_what_was_planted(made):
     assert sum(rows.values()) == counts["bad"] > 5 and rows.keys() <= {
         "curly bracket", "lorem ipsum", "three sentences", "50 to 100,000 words"}
     assert report["documents"]["kept"]["documents"] == counts["new"] == len(kept(out))
-    assert report["documents"]["kept"]["words"] == sum(len(text.split()) for text in kept(out))
+    assert report["documents"]["kept"]["tokens"] == sum(-(-len(text.encode()) // 4) for text in kept(out))
     assert report["places_lost"] == report["bytes_lost"] == 0 and report["auc"] is None
-    assert report == json.loads((out / "report.json").read_text())
+    assert report == json.loads((out / curate.REPORT).read_text())
     assert [row["examples"] != [] for rule, row in report["rules"].items() if not rule.startswith("masked")]
 
 
@@ -83,7 +90,7 @@ def test_shards_are_read_by_data_and_say_their_source(made):
         with gzip.open(out / name) as lines:
             records = [json.loads(line) for line in lines]
         assert {tuple(record) for record in records} == {("text", "source")} and {r["source"] for r in records} == {file}
-    assert sorted(os.listdir(out)) == [*names, "report.json"]  # nothing of the work is left
+    assert sorted(os.listdir(out)) == [curate.REPORT, *names]  # nothing of the work is left
 
 
 def test_pipeline_matches_its_parts_in_memory(made):
@@ -142,7 +149,7 @@ def test_run_that_dies_before_any_file_is_whole_goes_on_to_the_same(made, tmp_pa
             finished = True
         except Killed:
             deaths += 1
-            assert not (tmp_path / "out" / "report.json").exists()
+            assert not (tmp_path / "out" / curate.REPORT).exists()
             names = [path.name for path in (tmp_path / "out").glob("*.jsonl.gz")]
             assert all((tmp_path / "out" / name).read_bytes() == (out / name).read_bytes() for name in names)  # whole or not there
     assert deaths >= 4 and contents(tmp_path / "out") == contents(out)
@@ -171,6 +178,10 @@ def test_finished_run_is_not_done_again(made, tmp_path):
     (out / ".work").mkdir()  # killed while it was tidying up
     assert curate.curate(pattern, out, World()) == report
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    shutil.copytree(out, tmp_path / "less")
+    next((tmp_path / "less").glob("*.gz")).unlink()
+    with pytest.raises(ProcessError, match=f"whose {N_FILES} shards are now {N_FILES - 1}: delete the folder"):
+        curate.curate(pattern, tmp_path / "less", World())
 
 
 # --- damage -----------------------------------------------------------------------------------
@@ -203,7 +214,7 @@ def test_damage_loses_its_documents_and_is_counted(made, tmp_path):
 def test_crawl_of_which_nothing_is_left_ends_well(tmp_path):
     (tmp_path / "a.txt").write_text("menu")
     report = curate.curate(f"{tmp_path}/a.txt", tmp_path / "out", World())
-    assert report["shards"] == 0 and "kept" not in report["documents"] and "0 documents, 0 words kept of 1, 1" in curate.show(report)
+    assert report["shards"] == 0 and "kept" not in report["documents"] and "0 documents, 0 tokens kept of 1, 1" in curate.show(report)
 
 
 def test_full_disk_is_one_line_and_can_go_on(made, tmp_path, monkeypatch):
@@ -225,23 +236,27 @@ def test_full_disk_is_one_line_and_can_go_on(made, tmp_path, monkeypatch):
 def test_every_option_changes_something(made, tmp_path):
     pattern, _, out, report = made
     texts = kept(out)
-    (tmp_path / "bad.txt").write_text(texts[0].split()[5].lower().strip(".") + "\n")
-    question = " ".join(texts[3].split("\n")[0].split()[2:18])
-    (tmp_path / "tests.jsonl").write_text(json.dumps({"text": f"Question: {question}"}) + "\n")
+    words = Counter(word for text in texts for word in set(re.findall(r"\w+", text.lower())))
+    (tmp_path / "bad.txt").write_text(next(word for word, n in words.items() if n == 3) + "\n")
+    questions = [" ".join(text.split("\n")[0].split()[2:18]) for text in texts[::2]]
+    (tmp_path / "tests.jsonl").write_text("".join(json.dumps({"text": f"Question: {q}"}) + "\n" for q in questions))
     (tmp_path / "good.jsonl").write_text("".join(json.dumps({"text": text.replace(" of ", " wonderful ")}) + "\n" for text in texts))
-    by_option = {}
-    for name, value in (("bad_words", tmp_path / "bad.txt"), ("decontaminate", tmp_path / "tests.jsonl"),
-                        ("trusted", tmp_path / "good.jsonl"), ("threshold", 0.999)):
-        by_option[name] = curate.curate(pattern, tmp_path / name, World(), **{name: str(value) if name != "threshold" else value})
-    assert by_option["bad_words"]["rules"]["bad words"]["documents"] >= 1
-    assert by_option["decontaminate"]["rules"]["held-out text"]["documents"] >= 1
-    held_out = deduplication.HeldOut([question])
-    assert not any(map(held_out.overlap, kept(tmp_path / "decontaminate"))) and any(map(held_out.overlap, texts))
-    assert by_option["trusted"]["auc"] > 0.9 and by_option["trusted"]["rules"]["quality classifier"]["documents"] > 1
+    tokenizer.save(encoding := tokenizer.train(texts[:5], 270), tmp_path / "a.tiktoken")
+    options = {"bad_words": str(tmp_path / "bad.txt"), "decontaminate": str(tmp_path / "tests.jsonl"), "trusted": str(tmp_path / "good.jsonl"),
+               "tokenizer": str(tmp_path / "a.tiktoken"), "threshold": 0.999}
+    found = curate.curate(pattern, tmp_path / "all", World(), **options)
+    assert found["rules"]["bad words"]["documents"] >= 1 and "bad words" not in report["rules"]
+    assert found["rules"]["held-out text"]["documents"] >= 1 and "held-out text" not in report["rules"]
+    held_out = deduplication.HeldOut(questions)
+    assert not any(map(held_out.overlap, kept(tmp_path / "all"))) and any(map(held_out.overlap, texts))
+    assert found["auc"] > 0.9 and found["rules"]["quality classifier"]["documents"] > 1
     # At 0.999 only copies whose changed words were on lines that went.
-    assert by_option["threshold"]["rules"].get("near-duplicate", {"documents": 0})["documents"] < report["rules"]["near-duplicate"]["documents"]
-    again = run_ranks(2, lambda rank: curate.curate(pattern, tmp_path / "again", World(rank, 2, rank, 2), trusted=str(tmp_path / "good.jsonl")))
-    assert again[0] == by_option["trusted"]
+    assert found["rules"].get("near-duplicate", {"documents": 0})["documents"] < report["rules"]["near-duplicate"]["documents"]
+    tokens = sum(len(tokenizer.encode(encoding, page)) for page in data.read_documents(pattern))
+    assert found["documents"]["read"] == {"documents": N_FILES * N_PAGES, "tokens": tokens}
+    assert "tokens: counted by" in curate.show(found) and "tokens: estimated, 4 bytes" in curate.show(report)
+    again = run_ranks(2, lambda rank: curate.curate(pattern, tmp_path / "again", World(rank, 2, rank, 2), **options))
+    assert again[0] == found and contents(tmp_path / "again") == contents(tmp_path / "all")
 
 
 def test_folder_with_anything_else_is_refused(made, tmp_path):
@@ -253,6 +268,11 @@ def test_folder_with_anything_else_is_refused(made, tmp_path):
     with pytest.raises(ProcessError, match="holds other files"):
         curate.curate(pattern, tmp_path / "out", World())
     assert os.listdir(tmp_path / "out") == ["precious.txt"]
+    for content in ("{}", "[]", "no JSON"):  # a file of that name that is not ours
+        (tmp_path / "foreign").mkdir(exist_ok=True)
+        (tmp_path / "foreign" / curate.REPORT).write_text(content)
+        with pytest.raises(ProcessError, match="other files or settings"):
+            curate.curate(pattern, tmp_path / "foreign", World())
     shutil.copytree(Path(pattern).parent, tmp_path / "crawl")
     mine = f"{tmp_path}/crawl/*.gz"
     curate.curate(mine, tmp_path / "mine", World())
@@ -287,6 +307,68 @@ def test_hash_table_finds_what_brute_force_finds(tmp_path, monkeypatch):
             found = curate.hashes_between(tmp_path / f"{n}", low, high)
             expected = {(h, p) for h, p in zip(hashes.tolist(), places.tolist()) if low <= h <= high}
             assert set(map(tuple, found.T.tolist())) == expected and found.shape == (2, len(expected))
+
+
+def test_memory_is_flat_in_the_number_of_files_and_in_their_sizes(tmp_path, monkeypatch):
+    """Hashes, signatures and copies of one file, and of two that are twice as large; half of the documents are copies or near-copies: the peak of
+    each pass stays where it is, but for the declared 8 bytes a document (and their temporary copies) in `cluster` and `dropped`."""
+    monkeypatch.setattr(curate, "RUN", 2**11)
+    monkeypatch.setattr(curate, "BUCKET", 2**10)
+    monkeypatch.setattr(curate, "COMPARED", 2**6)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # for speed
+    peaks = []
+    for size, n_files in ((1, 1), (4, 2)):
+        (tmp_path / "a.txt").write_text("text")
+        run = curate.Curation([str(tmp_path / "a.txt")] * n_files, tmp_path / f"{size}")
+        random_, n = np.random.RandomState(0), 1200 * size // n_files
+        first = random_.randint(0, 2**32, (n // 2, 128), dtype=np.uint32)
+        for i in range(n_files):
+            signatures = np.concatenate([first, first])[random_.permutation(n)]
+            places = np.arange(n, dtype=np.uint64) + np.uint64(i * curate.FILE)
+            with curate.whole_file(run.path("clean", i, ".minhash")) as file:
+                signatures.tofile(file)
+            for name, table in (("documents", signatures[:, :2].copy().view(np.uint64)), ("bands", run.dedup.band_hashes(signatures, *run.bands))):
+                with curate.hash_table(run.path(name, i)) as hashes:
+                    for a in range(0, n, 256):
+                        hashes.add(table[a:a + 256].ravel(), places[a:a + 256].repeat(table.shape[1]))
+            tally = run.new_tally(i)
+            for j in range(50):
+                tally.lose("x" * 100, 1)
+            for name in ("clean", "unique", "write"):
+                tally.save(run.path(name, i, ".json"))
+        run.out.mkdir(exist_ok=True)
+        peak = {}
+        for name, count, do in (("copied", run.n_buckets("documents"), lambda b: run.copies("documents", "copied", b)),
+                                ("pairs", run.n_buckets("bands"), run.near), ("cluster", 1, lambda _: run.cluster()),
+                                ("dropped", n_files, lambda i: [run.dropped(name, i) for name in ("copied", "near")])):
+            for b in range(count):
+                if b % 10 == 0:  # for speed
+                    tracemalloc.start()
+                do(b)
+                if b % 10 == 0:
+                    peak[name] = max(peak.get(name, 0), tracemalloc.get_traced_memory()[1])
+                    tracemalloc.stop()
+        near = np.load(run.path("near", 0, ".npy"))
+        assert len(near) == n_files * n - n // 2 and run.n_buckets("bands") > 5 * size  # every document but the first of each
+        assert np.array_equal(np.sort(np.concatenate([run.dropped("copied", i) for i in range(n_files)])), np.sort(near % curate.FILE))
+        peaks.append(peak)
+    more = 3 * 1200  # documents
+    for name, bytes_each in (("copied", 0), ("pairs", 0), ("cluster", 8 * 6), ("dropped", 8 * 3)):
+        assert peaks[1][name] < 1.3 * peaks[0][name] + 20_000 + bytes_each * more, (name, peaks)
+
+
+def test_report_is_summed_in_the_memory_of_one_file():
+    row = {"documents": 1, "pieces": 1, "tokens": 5, "examples": ["e" * 160] * 3}
+    one = {"rules": dict.fromkeys(curate.RULES, row), "counts": {"read": [2, 9]}, "lost": ["x" * 200] * 20, "places_lost": 30, "bytes_lost": 7}
+    peaks = []
+    for n in (10, 100):
+        tracemalloc.start()
+        total = curate.total_of(json.loads(json.dumps(one)) for _ in range(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert total["documents"]["read"] == {"documents": 2 * n, "tokens": 9 * n} and total["places_lost"] == 30 * n
+        assert total["rules"]["bullets"]["tokens"] == 5 * n and len(total["lost"]) == 100
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_whole_file_appears_whole_or_not_at_all(tmp_path):
@@ -347,6 +429,19 @@ def test_programs_reach_their_verdicts(made, tmp_path, monkeypatch, capsys):
         assert code == 2 and error.startswith("data.py: ") and error.count("\n") == 1 and message in error
     _, error, code = run(monkeypatch, capsys, crawl.__file__, "--files", "0")
     assert code == 2 and error.startswith("crawl.py: --files and --pages") and error.count("\n") == 1
+
+
+def test_shards_become_tokens_and_a_model(made, tmp_path, capsys):
+    """The chain: what the curation leaves, all of its folder, is packed and trained on."""
+    out = made[2]
+    packing.main(f"{out}/*", context=64, held_out=0.2, seed=0, out=str(tmp_path / "tokens"))
+    assert "every token a target exactly once: True" in capsys.readouterr().out
+    shards = [packing.open_shard(tmp_path / "tokens" / f"{side}.tokens") for side in ("train", "validation")]
+    assert sorted(bytes(map(int, d[:-1])).decode() for shard in shards for d in shard) == sorted(kept(out))
+    config = derive(TrainConfig(data=f"{out}/*", out=str(tmp_path / "model"), context=16, vocab_size=260, device="cpu"), 1, "cpu", False)[0]
+    corpus = train.prepare(config, World(), None)
+    texts = tokenizer.decode_bytes(corpus.encoding, np.concatenate([corpus.train.tokens, corpus.validation.tokens])).split(b"<|endoftext|>")
+    assert sorted(text.decode() for text in texts if text) == sorted(kept(out))
 
 
 def test_random_garbage_files_never_stop_a_run(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from conftest import run_ranks
 
 import deduplication
-from deduplication import (HeldOut, MinHash, band_hashes, choose_bands, clusters, hash64, jaccard, later_copies, meeting_pairs,
+from deduplication import (HeldOut, MinHash, band_hashes, choose_bands, clusters, hash64, jaccard, later_copies, link, meeting_pairs,
                            near_duplicates, ngram_hashes, planted, s_curve, sentences, units, without_units, word_hashes)
 
 VOCABULARY = [f"w{i}" for i in range(3000)]
@@ -212,6 +212,11 @@ def test_clusters_match_a_flood_fill():
             if min(reached) != i:
                 expected[i] = min(reached)
         assert clusters(pairs) == expected
+        for n_pieces in (1, 3, 50):
+            first = link(np.array_split(np.array(pairs, dtype=np.int64).reshape(-1, 2), n_pieces), 300)
+            assert first.tolist() == [expected.get(i, i) for i in range(300)]
+    path = np.stack([np.arange(9999), np.arange(1, 10000)], 1)
+    assert link([path], 10000).max() == link([path[::-1]], 10000).max() == link(path[::-1, None], 10000).max() == 0 == len(link([], 0))
 
 
 # --- near-duplicates --------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from conftest import run_program, run_ranks
 
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
-from preference import RewardModel, calibration, dpo_loss, implicit_reward, ranking_loss, reward_loss, shift_rows
+from preference import (RewardModel, by_ranking, calibration, dpo_loss, implicit_reward, pairs_of, ranking_loss,
+                        reward_loss, shift_rows)
 
 ROWS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
 
@@ -155,6 +156,27 @@ def test_shorter_rankings_are_filled_with_minus_infinity():
     ours = ranking_loss(torch.stack((scores[0], ragged)))
     expected = (ranking_loss(scores[:1]) + ranking_loss(scores[1:, :2])) / 2
     assert_same_with_gradients(ours, expected, [scores])
+
+
+def test_answers_are_put_by_ranking_and_in_pairs():
+    values = torch.arange(6.0)
+    assert by_ranking(values, [2, 1, 3]).tolist() == [[0, 1, -math.inf], [2, -math.inf, -math.inf], [3, 4, 5]]
+    assert pairs_of(values, [2, 1, 3]).tolist() == [[0, 3, 3, 4], [1, 4, 5, 5]]
+    assert pairs_of(values[:1], [1]).shape == (2, 0)
+
+
+def test_direct_preference_over_rankings_is_plackett_luce_of_implicit_rewards_and_dpo_on_pairs():
+    policy, reference = numbers(5), numbers(5, seed=1).detach()  # answers best first, of a ranking of 3 and one of 2
+
+    def rewards():
+        return implicit_reward(policy, reference, 0.3)
+
+    first, second, third, better, worse = rewards().exp()
+    expected = -(torch.log(first / (first + second + third)) + torch.log(second / (second + third))
+                 + torch.log(better / (better + worse))) / 2  # Rafailov et al. 2023, equation 20
+    assert_same_with_gradients(ranking_loss(by_ranking(rewards(), [3, 2])), expected, [policy])
+    pair = dpo_loss(policy[3:4], policy[4:], reference[3:4], reference[4:], 0.3)
+    assert_same_with_gradients(ranking_loss(by_ranking(rewards()[3:], [2])), pair, [policy])
 
 
 def test_calibration_matches_numpy_and_is_near_zero_where_confidence_is_right():

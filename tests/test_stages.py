@@ -1,6 +1,9 @@
 """The loop that all stages share: interrupted against unbroken, what a checkpoint holds, what is refused."""
 
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,21 +15,23 @@ import processes
 import stages
 import tokenizer
 from conftest import run_program, run_ranks
+from team import Team
 
 ENCODING = tokenizer.train(["the quick brown fox"], 257)
 
 
-def stage(folder, total=6, lr=1e-2, world=processes.World(), **settings):
+def stage(folder, total=6, lr=1e-2, world=processes.World(), tp=1, zero=0, **settings):
     model = gpt.GPT(gpt.GPTConfig(257, 16, 1, 2, 16), generator=torch.Generator().manual_seed(0))
     config = stages._Settings(Path(folder), 0, 2)
     for name, value in settings.items():
         setattr(config, name, value)
-    made = stages.Stage("sft", config, world, ENCODING, {"model": model}, total, lr)
+    team = Team(world, tp, zero)
+    made = stages.Stage("sft", config, team, ENCODING, {"model": team.cut(model)}, total, lr)
     texts = torch.randint(257, (total, 4, 17), generator=torch.Generator().manual_seed(1))
 
     def learn(step, scale=1.0):
-        mine = texts[step, world.rank::world.size]
-        return made.step(scale * gpt.next_token_loss(model(mine[:, :-1]), mine[:, 1:]) * len(mine) / 4)
+        mine = texts[step, team.part::team.parts]
+        return made.step(-scale * team.log_probs(model, mine)[:, 1:].mean() * len(mine) / 4)
 
     return made, learn, model
 
@@ -88,8 +93,61 @@ def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_the_weights(tmp_pat
     assert weights(model).isfinite().all() and checkpoint.latest(tmp_path / "sft").name == "step-00000002"
 
 
-def test_parts_of_ranks_are_disjoint_and_whole():
-    for P in (1, 2, 3, 5):
-        for count in (5, 7, 12):
-            rows = [list(range(count))[stages.part_of(processes.World(r, P), count)] for r in range(P)]
-            assert sum(rows, []) == list(range(count)) and max(map(len, rows)) - min(map(len, rows)) <= 1
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_stage_saved_and_a_resumed_one_ends_as_the_unbroken_one(tmp_path, number):
+    unbroken, learn, expected = stage(tmp_path / "a")
+    unbroken.run(learn)
+    made, learn, _ = stage(tmp_path / "b", save_every=100)
+    before = signal.getsignal(signal.SIGINT)
+
+    def signalled(step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return learn(step)
+
+    with pytest.raises(SystemExit) as left:
+        made.run(signalled)
+    assert left.value.code == 128 + number and signal.getsignal(signal.SIGINT) is before
+    assert checkpoint.latest(tmp_path / "b/sft").name == "step-00000003"
+    again, learn, model = stage(tmp_path / "b", save_every=100)
+    again.run(learn)
+    assert torch.equal(weights(model), weights(expected))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b/sft/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0])
+    monkeypatch.setattr(stages.time, "monotonic", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt), stages.noting_signals(lambda text: None) as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a second later: torchrun passing it on
+        assert received == [signal.SIGINT] * 2
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_goes_on_in_another_layout(tmp_path):
+    unbroken, learn, expected = stage(tmp_path / "a")
+    unbroken.run(learn)
+
+    def run_until(stop, **layout):
+        def fn(rank):
+            made, learn, _ = stage(tmp_path / "b", world=processes.World(rank, 2, rank, 2), **layout)
+
+            def until(step):
+                if step == stop:
+                    raise InterruptedError
+                return learn(step)
+
+            with contextlib.suppress(InterruptedError):
+                made.run(until)
+
+        run_ranks(2, fn)
+
+    run_until(2, zero=3)
+    assert checkpoint.latest(tmp_path / "b/sft").name == "step-00000002"
+    run_until(None, tp=2)
+    found = checkpoint.load(checkpoint.latest(tmp_path / "b/sft"), ("model", "optimizer"))
+    assert {key for states in found["optimizer"].values() for key in states} == {"step", "exp_avg", "exp_avg_sq"}
+    for name, p in expected.named_parameters():
+        torch.testing.assert_close(found["model"][name], p, rtol=0, atol=1e-3)  # as above: Adam, fp32
