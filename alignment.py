@@ -7,7 +7,8 @@ Formula   of the stages: stages.py.   win rate = P(gold > SFT's) + P(equal) / 2,
           95 % interval of a mean: +- 1.96 s / sqrt(n)
 Shapes    out/sft, out/reward, out/ppo, out/dpo, out/grpo: checkpoints as train.py's, metrics.jsonl;
           out/sft/preferences.jsonl: {"prompt", "chosen", "rejected", "held_out"}; out/evaluation.json: the table
-Omits     bf16, sharded policies (every process holds its models whole), adapters, several rounds of labelling.
+          processes: --tp of them share every matrix, --zero divides what is trained over the others (team.py)
+Omits     bf16, pipelines, ZeRO for reference and judge (tp cuts them too), adapters, several rounds of labelling.
 Run       python alignment.py --init out/pretrain          all stages, on what train.py wrote: 6 minutes
           torchrun --standalone --nproc_per_node=2 alignment.py --init out/pretrain   the same on two: 3 minutes
           python alignment.py --init out/sft --stages dpo    one stage from a fine-tuned model
@@ -40,9 +41,8 @@ class AlignmentError(ValueError):
 
 # --- 1. the settings ------------------------------------------------------------------------
 
-def _setting(default, help: str, least: float | None = None, choices: tuple = ()):
-    metadata = {"help": help, "least": least, "below": None, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+def _setting(default, help: str, least: float | None = None, most: float = math.inf):
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass
@@ -55,8 +55,9 @@ class AlignConfig:
     out: str = _setting("out", "directory in which each stage has one of its own")
     instructions: str | None = _setting(None, 'JSON lines {"prompt", "response"} or {"messages"}; derived: Python\'s '
                                               "documentation asked about")
-    preferences: str | None = _setting(None, 'JSON lines {"prompt", "chosen", "rejected"}; derived: the fine-tuned '
-                                             "model's answers, as a labeller's rule prefers")
+    preferences: str | None = _setting(None, 'JSON lines {"prompt", "chosen", "rejected"} or {"prompt", "answers": '
+                                             "[best, ..., worst]}; derived: the fine-tuned model's answers, as a "
+                                             "labeller's rule prefers")
     held_out: float = _setting(0.15, "share of the questions kept for evaluation", 0.001)
     new_tokens: int = _setting(24, "longest answer", 1)
     max_gradient: float = _setting(1.0, "largest norm of a gradient; 0 turns clipping off", 0)
@@ -86,6 +87,9 @@ class AlignConfig:
     evaluation_prompts: int = _setting(1000, "held-out questions answered at the end, at most", 1)
     seed: int = _setting(0, "of the order of examples and of answers", 0)
     device: str | None = _setting(None, "cpu, cuda or mps; derived: the best that is here")
+    tp: int = _setting(1, "tensor-parallel processes: they share every matrix of every model", 1)
+    zero: int = _setting(0, "ZeRO: divide optimizer states (1), gradients (2), weights (3) of what is trained over the "
+                            "other processes", 0, 3)
     timeout: int = _setting(600, "seconds after which a silent process counts as lost", 1)
     save_every: int | None = _setting(None, "steps between checkpoints; derived: a fifth of the stage", 1)
     resume: bool = _setting(False, "go on from the newest checkpoints in --out; stages that are done stay")
@@ -93,9 +97,11 @@ class AlignConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata["least"]
-            if isinstance(value, float) and not math.isfinite(value) or None not in (value, least) and value < least:
-                raise AlignmentError(f"--{field.name} must be a number of at least {least}, got {value}")
+            value, least, most = getattr(self, field.name), field.metadata["least"], field.metadata["most"]
+            bounded = None not in (value, least)
+            if isinstance(value, float) and not math.isfinite(value) or bounded and not least <= value <= most:
+                raise AlignmentError(f"--{field.name} must be a number of at least {least}"
+                                     + (f" and at most {most}" if most < math.inf else "") + f", got {value}")
         unknown = set(self.chosen()) - set(STAGES)
         if unknown or not self.chosen():
             raise AlignmentError(f"--stages={self.stages}: choose from {','.join(STAGES)}")
@@ -147,7 +153,7 @@ def read_questions(config: AlignConfig, encoding, context: int) -> Questions:
     return Questions(train, held_out, labeller.make_labeller(a for _, a in own) if by_rule else None)
 
 
-def compare_answers(config: AlignConfig, world, questions: Questions, sft: str | Path) -> tuple[list, list]:
+def compare_answers(config: AlignConfig, team, questions: Questions, sft: str | Path) -> tuple[list, list]:
     """(pairs to learn from, pairs held out), of chat.Preference: a file's, or those in the fine-tuned model's folder.
     If there are none yet, the model answers each question twice and the labeller says which answer is better."""
     import chat
@@ -160,16 +166,16 @@ def compare_answers(config: AlignConfig, world, questions: Questions, sft: str |
         return [p for p in pairs if p.where not in aside], [p for p in pairs if p.where in aside]
     if questions.labeller is None:
         raise AlignmentError("--instructions has no labeller: give --preferences too, for reward, ppo, dpo and grpo")
-    path = Path(sft) / "preferences.jsonl"
+    path, world = Path(sft) / "preferences.jsonl", team.world
     if world.first(lambda: not path.exists()):
-        model, encoding = stages.load_policy(sft, world.device)
+        model, encoding = stages.read_policy(team, sft)
         asked, lines, began = [], [], time.perf_counter()
         for side in (questions.train[:config.pairs], questions.held_out):
             asked += [c.messages[0]["content"] for c in side]
         conversations, both = [chat.ask(question) for question in asked], []
         for which in (0, 1):
-            _, texts = stages.sample_answers(model, encoding, conversations, config, world, (1, which))
-            both.append([text for part in world.gather(texts) for text in part])
+            _, texts = stages.sample_answers(model, encoding, conversations, config, team, (1, which))
+            both.append([text for part in team.gather(texts) for text in part])
         held_out = {c.messages[0]["content"] for c in questions.held_out}
         for question, *answers in zip(asked, *both):
             which = questions.labeller.prefers(question, *answers) if all(answers) else 0
@@ -198,7 +204,7 @@ def _write_whole(path: Path, text: str) -> None:
 # --- 3. the evaluation ----------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate_policies(config: AlignConfig, world, questions: Questions, pairs: tuple[list, list],
+def evaluate_policies(config: AlignConfig, team, questions: Questions, pairs: tuple[list, list],
                       models: dict[str, str], reward_model: str | None) -> list[dict]:
     """One line per model: held-out loss, and of its sampled answers to the held-out questions the gold reward with its
     95 % interval, how often it beats SFT's, the reward model's score, KL from SFT in nats per answer, length in tokens.
@@ -207,48 +213,48 @@ def evaluate_policies(config: AlignConfig, world, questions: Questions, pairs: t
     """
     import chat
     import stages
-    import rlhf
-    judge = stages.load_reward_model(reward_model, world.device) if reward_model else None
-    reference, encoding = stages.load_policy(models["sft"], world.device)
+    judge = stages.read_reward_model(team, reward_model) if reward_model else None
+    reference, encoding = stages.read_policy(team, models["sft"])
     context, labeller = reference.config.context, questions.labeller
     _, prompts = stages.prompts_of(questions, pairs, encoding, context)
     prompts = prompts[:config.evaluation_prompts]
     examples = [chat.fit_example(encoding, c.messages, context, c.where) for c in questions.held_out]
-    examples = examples[world.rank::world.size]
+    examples = examples[team.part::team.parts]
     table, gold = [], {}
     for name in sorted(models, key=lambda name: name != "sft"):  # first what the others are compared with
-        model, _ = stages.load_policy(models[name], world.device)
+        model, _ = stages.read_policy(team, models[name])
         loss = count = 0.0
         for i in range(0, len(examples), 32):
-            tokens, mask, _ = chat.pad(examples[i:i + 32], world.device)
-            loss -= (rlhf.aligned_log_probs(model, tokens) * mask).sum().item()
+            tokens, mask, _ = chat.pad(examples[i:i + 32], team.world.device)
+            loss -= (team.log_probs(model, tokens) * mask).sum().item()
             count += mask.sum().item()
-        found, texts = stages.sample_answers(model, encoding, prompts, config, world, (5,))
-        kl = ((found.log_probs - stages.answer_log_probs(reference, found)) * found.mask).sum().item()
+        found, texts = stages.sample_answers(model, encoding, prompts, config, team, (5,))
+        kl = ((found.log_probs - stages.answer_log_probs(reference, found, team)) * found.mask).sum().item()
         score = 0.0 if judge is None else stages.scores_of(judge, found).sum().item()
-        loss, count, kl, length, score = world.sum([loss, count, kl, found.mask.sum().item(), score])
+        loss, count, kl, length, score = team.sum([loss, count, kl, found.mask.sum().item(), score])
         n = len(prompts)
         line = {"model": name, "held_out_loss": loss / count, "kl": kl / n, "length": length / n}
         line |= {} if judge is None else {"score": score / n}
         if labeller is not None:
             asked = [messages[-1]["content"] for messages in prompts]
-            texts = [text for part in world.gather(texts) for text in part]
+            texts = [text for part in team.gather(texts) for text in part]
             gold[name] = torch.tensor([labeller.gold(q, text) for q, text in zip(asked, texts)], dtype=torch.float64)
             line["gold"], line["interval"] = gold[name].mean().item(), 1.96 * gold[name].std().item() / math.sqrt(n)
             wins = (gold[name] > gold["sft"]).double() + 0.5 * (gold[name] == gold["sft"])
             line["win_rate"] = wins.mean().item()
-        greedy = decode_greedily(model, encoding, prompts[:3], config)
+        greedy = decode_greedily(model, encoding, prompts[:3], config, team)
         table.append(line | {"answers": [[m[-1]["content"], text] for m, text in zip(prompts, greedy)]})
     order = list(models)
     return sorted(table, key=lambda line: order.index(line["model"]))
 
 
-def decode_greedily(model: nn.Module, encoding, prompts: Sequence[list], config: AlignConfig) -> list[str]:
+def decode_greedily(model: nn.Module, encoding, prompts: Sequence[list], config: AlignConfig, team) -> list[str]:
     """The likeliest answer, token by token, to each of a few conversations."""
     import chat
     import rollout
     tokens = [chat.render_prompt(encoding, messages) for messages in prompts]
     found = rollout.generate_rollout(model, tokens, config.new_tokens, temperature=0,
+                                     whole_logits=team.whole_logits(model),
                                      stop_tokens=[encoding.encode_single_token(chat.END)])
     return [" ".join(chat.answer_text(encoding, response).split()) for response in found.responses()]
 
@@ -277,10 +283,13 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
 
     Raises:
         ValueError, processes.ProcessError: one line each; what was saved before stays.
+        SystemExit: 128 + n after signal n in a stage, which is saved.
     """
     import checkpoint
     import stages
+    from team import Team
     chosen = list(config.chosen() if chosen is None else chosen)
+    team = Team(world, config.tp, config.zero, config.timeout)
     begins_with_sft = chosen[0] == "sft"
     init = config.init or str(config.folder("pretrain" if begins_with_sft else "sft"))
     tuned = str(config.folder("sft")) if begins_with_sft else init
@@ -299,24 +308,24 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
               f"{', '.join(chosen)} from {init}")
     began = time.perf_counter()
     if begins_with_sft:
-        stages.run_sft(config, world, questions, init)
+        stages.run_sft(config, team, questions, init)
     pairs: tuple[list, list] = ([], [])
     if chosen != ["sft"]:
-        pairs = compare_answers(config, world, questions, tuned)
+        pairs = compare_answers(config, team, questions, tuned)
     for stage in chosen:
         if stage == "reward":
-            found = stages.run_reward(config, world, pairs, tuned)
+            found = stages.run_reward(config, team, pairs, tuned)
             world.agree(lambda: _write_whole(Path(judge) / "held_out.json", json.dumps(found)), here=world.rank == 0)
         elif stage == "ppo":
-            stages.run_ppo(config, world, questions, pairs, tuned, judge)
+            stages.run_ppo(config, team, questions, pairs, tuned, judge)
         elif stage == "dpo":
-            stages.run_dpo(config, world, pairs, tuned)
+            stages.run_dpo(config, team, pairs, tuned)
         elif stage == "grpo":
-            stages.run_grpo(config, world, questions, pairs, tuned, judge)
+            stages.run_grpo(config, team, questions, pairs, tuned, judge)
     policies = ({"base": init} if begins_with_sft else {}) | {"sft": tuned}
     policies |= {stage: str(config.folder(stage)) for stage in chosen if stage not in ("sft", "reward")}
     has_judge = bool(list(Path(judge).glob("step-*"))) or "reward" in chosen
-    table = evaluate_policies(config, world, questions, pairs, policies, judge if has_judge else None)
+    table = evaluate_policies(config, team, questions, pairs, policies, judge if has_judge else None)
     world.say("\n" + format_table(table) + "\n")
     held_out = Path(judge) / "held_out.json"
     accuracy = json.loads(held_out.read_text()) if held_out.exists() else None

@@ -6,12 +6,14 @@ Idea      A base model continues text; an assistant answers. Special tokens that
 Formula   <|user|> question <|end|> <|assistant|> answer <|end|>  ...         one conversation, as often as it goes on
           mask     0         0       0        0         1      1              -log P(answer <|end|> | all before)
 Shapes    conversations -> tokens (B, T) int64, mask (B, T) fp32: mask[b, t] = 1 if token t of row b is to be learnt.
-          Packing: a row is one conversation, padded on the right; rows of like length share a batch, so that little
-          is padding. In a causal model no token sees another conversation, or padding; positions start at 0.
-Omits     tools and images; several conversations in one row, which needs attention kernels of variable length.
+          A row is one conversation, padded on the right; rows of like length share a batch. In a causal model no token
+          sees another conversation, or padding, and positions start at 0. Several conversations in one row would need
+          an attention mask in blocks and positions for each token, and save what is padding: 1 % in the demo's batches.
+Omits     tools and images; several conversations in one row (packing.py does that to documents).
 Run       python chat.py                          questions and answers from Python's documentation: 5 s
-          python chat.py --data my/pairs.jsonl    checks a file: {"prompt", "response"}, {"messages": [...]}, or
-                                                  {"prompt", "chosen", "rejected"} on each line
+          python chat.py --data my/pairs.jsonl    checks a file: {"prompt", "response"}, {"messages": [...]},
+                                                  {"prompt", "chosen", "rejected"}, or
+                                                  {"prompt", "answers": [best, ..., worst]} on each line
           Ends with "packed = alone: True ..."
 Test      pytest tests/test_chat.py
 """
@@ -22,6 +24,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,11 +124,18 @@ class Conversation:
 
 @dataclass
 class Preference:
-    """Of two answers to one conversation, the one that was preferred and the other."""
+    """Of two answers to one conversation, the one that was preferred and the other; of more, the best, the worst, and
+    those ``between``, best first."""
     messages: list[Message]
     chosen: str
     rejected: str
     where: str
+    between: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> list[str]:
+        """All, best first."""
+        return [self.chosen, *self.between, self.rejected]
 
 
 Example = tuple[list[int], list[float]]  # tokens, mask: as ``render``
@@ -140,22 +150,21 @@ def fit_example(encoding: tiktoken.Encoding, messages: Sequence[Message], contex
     return tokens[:context], mask[:context]
 
 
-def fit_pair(encoding: tiktoken.Encoding, pair: Preference, context: int) -> tuple[Example, Example]:
-    """The chosen and the rejected conversation, the mask on the last answer alone. ValueError as ``fit_example``, or if
-    both are the same up to the context."""
-    prompt = render_prompt(encoding, pair.messages)
-    both = []
-    for answer in (pair.chosen, pair.rejected):
+def fit_pair(encoding: tiktoken.Encoding, pair: Preference, context: int) -> tuple[Example, ...]:
+    """The conversation with each of the answers, best first, the mask on these alone. ValueError as ``fit_example``, or
+    if two are the same up to the context."""
+    prompt, found = render_prompt(encoding, pair.messages), []
+    for answer in pair.answers:
         messages = [*pair.messages, {"role": "assistant", "content": answer}]
         tokens, _ = fit_example(encoding, messages, context, pair.where)
         if len(prompt) >= context:  # an earlier turn may have had an answer to learn
             raise ValueError(f"{pair.where}: the prompt of {len(prompt)} tokens fills the context of {context}: "
                              "shorten it, or train a model with a larger --context")
-        both.append((tokens, [0.0] * len(prompt) + [1.0] * (len(tokens) - len(prompt))))
-    if both[0][0] == both[1][0]:
-        raise ValueError(f"{pair.where}: both answers begin with the same tokens and end behind the context of "
-                         f"{context}: shorten them, or leave the line out")
-    return both[0], both[1]
+        if any(tokens == other for other, _ in found):
+            raise ValueError(f"{pair.where}: two answers begin with the same tokens and end behind the context of "
+                             f"{context}: shorten them, or leave the line out")
+        found.append((tokens, [0.0] * len(prompt) + [1.0] * (len(tokens) - len(prompt))))
+    return tuple(found)
 
 
 def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +212,7 @@ def read_conversations(path: str | os.PathLike) -> list[Conversation]:
 
 def read_preferences(path: str | os.PathLike) -> list[Preference]:
     """{"prompt", "chosen", "rejected"} on each line, as public preference sets ship them: each a text or a list of
-    messages, which for the answers may repeat the prompt.
+    messages, which for the answers may repeat the prompt; or {"prompt", "answers": [best, ..., worst]}.
 
     Raises ValueError as ``read_conversations``, and for a line whose answers are the same.
     """
@@ -215,16 +224,27 @@ def read_preferences(path: str | os.PathLike) -> list[Preference]:
             return messages[-1]["content"]
         return _text(line, key, where)
 
+    def answers(line: dict, where: str) -> list[str]:
+        given = line.get("answers")
+        if given is None:
+            return [answer(line, key, where) for key in ("chosen", "rejected")]
+        if not isinstance(given, list) or len(given) < 2:
+            raise ValueError(f'{where}: "answers" is {repr(given)[:40]}, not a list of two or more, the best first')
+        names = [f"answers[{i}]" for i in range(len(given))]
+        return [answer(dict(zip(names, given)), name, where) for name in names]
+
     def read(line: dict, where: str) -> Preference:
         given = line.get("prompt")
         messages = _messages(given, where) if isinstance(given, list) else ask(_text(line, "prompt", where))
         _check_turns(messages, "user", where)
-        chosen, rejected = answer(line, "chosen", where), answer(line, "rejected", where)
-        if chosen == rejected:
-            raise ValueError(f"{where}: both answers are the same: correct or remove the line")
-        return Preference(messages, chosen, rejected, where)
+        best, *between, worst = found = answers(line, where)
+        if len(set(found)) < len(found):
+            raise ValueError(f"{where}: {'both' if len(found) == 2 else 'two'} answers are the same: correct or remove "
+                             "the line")
+        return Preference(messages, best, worst, where, tuple(between))
 
-    return [read(line, where) for line, where in _json_lines(path, '"prompt", "chosen" and "rejected"')]
+    keys = '"prompt", "chosen" and "rejected", or "prompt" and "answers"'
+    return [read(line, where) for line, where in _json_lines(path, keys)]
 
 
 def _json_lines(path: str | os.PathLike, keys: str) -> Iterator[tuple[dict, str]]:
@@ -306,7 +326,8 @@ def main(data: str | None, vocab_size: int, seed: int) -> None:
         kinds[0].extend(Conversation([*ask(question), {"role": "assistant", "content": sentence}], question)
                         for question, sentence in labeller.default_questions())
     else:
-        pairs = '"chosen"' in open(data, encoding="utf-8", errors="replace").readline()
+        with open(data, encoding="utf-8", errors="replace") as file:
+            pairs = bool({'"chosen"', '"answers"'} & set(re.findall(r'"\w+"', file.readline())))
         kinds[pairs].extend(read_preferences(data) if pairs else read_conversations(data))
     for kind, found in zip(("conversations", "preferences"), kinds):
         if found:

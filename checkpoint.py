@@ -4,16 +4,14 @@ Idea      A checkpoint is a directory. It is written under a temporary name, for
           renamed: on every POSIX file system a rename happens or does not, so a kill, a crash or a full disk
           at any moment leaves the last checkpoint as it was. A manifest with the length and SHA-256 of every
           file is what a reader trusts, so a truncated file or one flipped bit is refused by name.
-          Every process writes what it holds: boxes of tensors, under the tensor's full name and its place in the
-          whole (torch.distributed.checkpoint). Which processes held which box is not kept, so any other number of
-          processes, cut in any other way, can read it: each asks for the boxes that it needs.
+          Every process writes what it holds of each tensor, and reads what it needs (pieces.py): any other number of
+          processes, cut in any other way, can go on from it. Reading a foreign checkpoint runs no code.
 Shapes    out/step-00000200/ __0_0.distcp ... boxes of tensors, a file from each process
                              .metadata        tensor name -> shape, and where its boxes are
                              meta.json        step, configs, whatever the run wants to know of itself
                              ...              files of the caller's (the tokenizer)
                              manifest.json    file -> length and SHA-256, written last
           Tensors: "model/<parameter>" and "optimizer/<parameter>/<state>", e.g. optimizer/blocks.0.norm1.weight/exp_avg
-Safety    Tensors and shapes are all that is read: opening a foreign checkpoint runs no code.
 Omits     file systems that the processes do not share; compression.
 Run       python checkpoint.py                                 kills a saving process 10 times, loads what is left
           python checkpoint.py --export out/pretrain --to hf   a Hugging Face directory, whatever layout saved it
@@ -26,127 +24,37 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-import threading
 import time
-import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, found, or trusted; the message is one line and names the cure."""
 
 
-# --- 1. what a process holds of a tensor ------------------------------------------------------
-
-@dataclass
-class Pieces:
-    """A tensor of ``shape``, of which this process holds boxes: [(offsets in the whole, box)], none, some, or one that
-    is the whole."""
-    shape: tuple[int, ...]
-    boxes: list[tuple[tuple[int, ...], Tensor]]
-
-    def chunks(self) -> list[ChunkStorageMetadata]:
-        """The places of the boxes, as torch.distributed.checkpoint writes them."""
-        return [ChunkStorageMetadata(torch.Size(offsets), box.shape) for offsets, box in self.boxes]
-
-    def box(self, offsets: tuple[int, ...]) -> Tensor:
-        """The box that begins at these offsets."""
-        return next(box for first, box in self.boxes if tuple(first) == tuple(offsets))
-
-
-def _flatten(tensors: dict, prefix: str = "") -> dict[str, Pieces]:
-    """Nested dicts of tensors and pieces -> "part/parameter/state" -> pieces."""
-    flat = {}
-    for name, value in tensors.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, Tensor):
-            flat[prefix + name] = Pieces(tuple(value.shape), [((0,) * value.dim(), value.detach())])
-        elif isinstance(value, Pieces):
-            flat[prefix + name] = value
-        else:
-            raise ValueError(f"a checkpoint holds tensors, {prefix}{name} is a {type(value).__name__}")
-    return flat
-
-
-class _Save(dcp.DefaultSavePlanner):
-    """Writes every box of every Pieces; a box that several processes hold is written by one of them."""
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([
-            WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(
-                chunk, TensorProperties.create_from_tensor(box), torch.Size(pieces.shape)))
-            for name, pieces in self.state_dict.items()
-            for chunk, (_, box) in zip(pieces.chunks(), pieces.boxes)])
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].box(index.offset)
-
-
-class _Load(dcp.DefaultLoadPlanner):
-    """Reads every box of every Pieces, out of whatever boxes it was saved in."""
-
-    def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        entries = self.metadata.state_dict_metadata
-        return LoadPlan([item for name, pieces in self.state_dict.items() for item in
-                         create_read_items_for_chunk_list(name, entries[name], pieces.chunks())])
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].box(index.offset)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads a .metadata file: shapes, dtypes and places. Anything else in it could be code."""
-
-    def find_class(self, module: str, name: str):
-        ours = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        known = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
-                 ("pathlib", "WindowsPath"), ("pathlib", "PurePosixPath"), ("collections", "OrderedDict")}
-        if ours and name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-                             "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo") \
-                or (module, name) in known or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *_, **__) -> Metadata:
-        return _metadata(Path(self.path))
-
-
-def _metadata(path: Path) -> Metadata:
-    with open(path / ".metadata", "rb") as file:
-        return _Unpickler(file).load()
-
-
-# --- 2. writing -----------------------------------------------------------------------------
+# --- 1. writing -----------------------------------------------------------------------------
 
 def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta: dict,
          write_files: Callable[[Path], None] | None = None, keep: int | None = None,
          group: dist.ProcessGroup | None = None) -> Path:
-    """Write ``directory/step-<step>`` atomically, then delete all but the newest ``keep`` checkpoints.
+    """Write ``directory/step-<step>`` atomically, then delete all but the newest ``keep``; returns its path.
 
     Args:
         tensors: part name -> (possibly nested) dict of tensors or ``Pieces``.
@@ -155,17 +63,16 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
         keep: how many checkpoints remain, this one included; None keeps all.
         group: the processes that save together, each what it holds, and all call this; None: this one alone.
 
-    Returns:
-        The path of the checkpoint.
-
     Raises:
         CheckpointError: on every rank, if it could not be written (a full disk, no permission). What was there stays.
-        ValueError: for a negative step, if ``keep`` is less than one, or for what is no tensor.
+        ValueError, TypeError: for a negative step, if ``keep`` is less than one, for what is no tensor or not for json.
     """
     if step < 0 or keep is not None and keep < 1:
         raise ValueError(f"a checkpoint needs step >= 0 and keep >= 1 or None, got {step} and {keep}")
-    boxes, rank = _flatten(tensors), 0 if group is None else dist.get_rank(group)
-    directory = Path(directory)
+    from pieces import flatten, write_pieces
+
+    boxes, text = flatten(tensors), json.dumps({"step": step} | meta, indent=2) + "\n"
+    directory, rank = Path(directory), 0 if group is None else dist.get_rank(group)
     target = directory / f"step-{step:08d}"
     temporary = directory / f".{target.name}.{_gather(os.getpid(), group)[0]}"
 
@@ -175,11 +82,8 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
             shutil.rmtree(leftover)
         temporary.mkdir()
 
-    def write() -> dict[str, dict]:
-        return {file.name: _fingerprint(file) for file in sorted(temporary.glob(f"__{rank}_*.distcp"))}
-
     def finish() -> None:
-        (temporary / "meta.json").write_text(json.dumps({"step": step} | meta, indent=2) + "\n")
+        (temporary / "meta.json").write_text(text)
         if write_files:
             write_files(temporary)
         for file in sorted(temporary.iterdir()):
@@ -201,20 +105,14 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
 
     try:
         _agree(begin, group, here=rank == 0)
-        with warnings.catch_warnings():  # that one process saves alone is meant
-            warnings.simplefilter("ignore")
-            dcp.save(boxes, storage_writer=dcp.FileSystemWriter(temporary), planner=_Save(False, False),
-                     process_group=group, no_dist=group is None)
-        manifest = {name: print_ for part in _gather(_agree(write, group), group) for name, print_ in part.items()}
+        write_pieces(temporary, boxes, group)
+        mine = _agree(lambda: {file.name: _fingerprint(file) for file in temporary.glob(f"__{rank}_*.distcp")}, group)
+        manifest = dict(ChainMap(*_gather(mine, group)))
         _agree(finish, group, here=rank == 0)
-    except (CheckpointError, OSError, dcp.CheckpointException) as error:
-        if isinstance(error, dcp.CheckpointException) and any(
-                isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
-            raise KeyboardInterrupt from None
+    except (CheckpointError, OSError) as error:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        kept = _steps(directory)
-        stays = f"{kept[-1]} stays as it was" if kept else "there was none before it"
+        stays = f"{kept[-1]} stays as it was" if (kept := _steps(directory)) else "there was none before it"
         raise CheckpointError(f"could not save {target} ({_first_line(error)}); {stays}; "
                               "see that it has room and may be written to, then go on from there") from error
     return target
@@ -223,44 +121,31 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
 class Saving:
     """``save`` in a thread, while training goes on: the tensors are copied to the CPU before the constructor returns.
 
-    Args:
-        group: None, or a gloo group of these processes that nobody else uses: collectives of two threads of a process
-            would meet those of the wrong thread.
-
-    Attributes:
-        failed: whether it has ended with an error, which ``wait`` raises.
+    Args: as ``save``'s. ``group``: None, or a gloo group of these processes that nobody else uses: collectives of two
+    threads of a process would meet those of the wrong thread.
     """
 
-    def __init__(self, directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta: dict,
-                 write_files: Callable[[Path], None] | None = None, keep: int | None = None,
-                 group: dist.ProcessGroup | None = None):
-        copies = {name: Pieces(pieces.shape, [(at, box.to("cpu", copy=True)) for at, box in pieces.boxes])
-                  for name, pieces in _flatten(tensors).items()}
-        self._error, self._path = None, None
+    def __init__(self, directory: str | os.PathLike, step: int, tensors: dict[str, dict], *arguments, **keywords):
+        from pieces import Pieces, flatten
 
-        def run() -> None:
-            try:
-                self._path = save(directory, step, copies, meta, write_files, keep, group)
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name=f"saving step {step}")
-        self._thread.start()
+        copies = {name: Pieces(held.shape, [(at, box.to("cpu", copy=True)) for at, box in held.boxes])
+                  for name, held in flatten(tensors).items()}
+        thread = ThreadPoolExecutor(1, thread_name_prefix=f"saving step {step}")
+        self._future = thread.submit(save, directory, step, copies, *arguments, **keywords)
+        thread.shutdown(wait=False)  # it ends when it has saved
 
     @property
     def failed(self) -> bool:
-        return self._error is not None
+        """Whether it has ended with an error, which ``wait`` raises."""
+        return self._future.done() and self._future.exception() is not None
 
     def join(self) -> None:
         """Until it has ended, well or not."""
-        self._thread.join()
+        self._future.exception()
 
     def wait(self) -> Path:
         """Until it is written; returns its path. Raises what ``save`` raises."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._path
+        return self._future.result()
 
 
 def _gather(value, group: dist.ProcessGroup | None) -> list:
@@ -286,8 +171,6 @@ def _agree(do: Callable, group: dist.ProcessGroup | None, here: bool = True):
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, dcp.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
     return (str(error) or repr(error)).splitlines()[0]
 
 
@@ -300,8 +183,7 @@ def _steps(directory: Path) -> list[Path]:
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; a kill in the middle must not leave half of one under its name."""
     if checkpoint.exists():
-        dying = checkpoint.rename(checkpoint.parent / f".{checkpoint.name}.removed")
-        shutil.rmtree(dying)
+        shutil.rmtree(checkpoint.rename(checkpoint.parent / f".{checkpoint.name}.removed"))
 
 
 def _fingerprint(file: Path) -> dict:
@@ -321,14 +203,10 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# --- 3. reading -----------------------------------------------------------------------------
+# --- 2. reading -----------------------------------------------------------------------------
 
 def latest(directory: str | os.PathLike) -> Path:
-    """The newest checkpoint in ``directory``, or ``directory`` itself if it is one.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+    """The newest checkpoint in ``directory``, or that itself if it is one. CheckpointError if there is none."""
     directory = Path(directory)
     if (directory / "manifest.json").exists():
         return directory
@@ -341,82 +219,60 @@ def latest(directory: str | os.PathLike) -> Path:
 def load(path: str | os.PathLike, parts: tuple[str, ...] = ("model", "optimizer")) -> dict:
     """Read whole tensors into this process, every file that is needed checked against the manifest first.
 
-    Returns:
-        {"meta": dict, part: (nested) dict of CPU tensors, ...}
-
-    Raises:
-        CheckpointError: if a file is missing, cut short, changed, or not of this form.
+    Returns {"meta": dict, part: (nested) dict of CPU tensors, ...}. CheckpointError for what is missing or changed.
     """
+    from pieces import flatten, read_pieces, stored, unflatten
+
     path = Path(path)
     with _refusing(path):
         _check(path, bool(parts))
         meta = json.loads((path / "meta.json").read_text())
         if not parts:
             return {"meta": meta}
-        wanted = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-                  for name, entry in _metadata(path).state_dict_metadata.items() if name.split("/")[0] in parts}
-        _read(path, _flatten(wanted), None)
-        loaded = {part: {} for part in parts}
-        for name, tensor in wanted.items():
-            *folders, last = name.split("/")
-            place = loaded
-            for folder in folders:
-                place = place.setdefault(folder, {})
-            place[last] = tensor
-        return {"meta": meta} | loaded
+        wanted = {name: torch.empty(held.shape, dtype=held.dtype)
+                  for name, held in stored(path).items() if name.split("/")[0] in parts}
+        read_pieces(path, flatten(wanted))
+        return {"meta": meta} | {part: {} for part in parts} | unflatten(wanted)
 
 
 def shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """What a checkpoint holds: "part/parameter/state" -> shape of the whole. CheckpointError if it cannot be read."""
+    from pieces import stored
     with _refusing(Path(path)):
-        return {name: tuple(entry.size) for name, entry in _metadata(Path(path)).state_dict_metadata.items()}
+        return {name: held.shape for name, held in stored(path).items()}
 
 
 def load_into(path: str | os.PathLike, tensors: dict[str, dict], group: dist.ProcessGroup | None = None) -> dict:
-    """Read into the boxes that each process holds, in place; nothing is touched unless everything fits on every rank.
+    """Read into the boxes that each process holds, in place; returns the checkpoint's meta. Nothing is touched unless
+    everything fits on every rank.
 
     Args:
         tensors: as ``save`` takes them: part -> nested dict of tensors or Pieces. What the checkpoint holds of these
             parts must be what the ranks together ask for.
         group: the processes that load together, all of which call this; each checks a part of the files.
 
-    Returns:
-        the checkpoint's meta
     Raises:
         CheckpointError: on every rank, as ``load``; or for a tensor that is missing, unknown, or of another shape.
     """
-    path, wanted = Path(path), _flatten(tensors)
+    from pieces import flatten, read_pieces
+
+    path, wanted = Path(path), flatten(tensors)
     rank, P = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def check() -> dict[str, tuple[int, ...]]:
         with _refusing(path):
             _check(path, True, rank, P)
-        return shapes(path)
+        return {name: shape for name, shape in shapes(path).items() if name.split("/")[0] in tensors}
+
+    def read() -> dict:
+        with _refusing(path):
+            read_pieces(path, wanted)
+            return json.loads((path / "meta.json").read_text())
 
     theirs = _agree(check, group)
-    asked = {name for names in _gather(sorted(wanted), group) for name in names}
-
-    def fits() -> None:
-        held = {name for name in theirs if name.split("/")[0] in tensors}
-        for name in sorted(asked ^ held):
-            whose = "the model" if name in asked else "the checkpoint"
-            raise CheckpointError(f"this checkpoint is of another model: only {whose} has {name.split('/', 1)[1]}")
-        for name, pieces in wanted.items():
-            if tuple(pieces.shape) != theirs[name]:
-                raise CheckpointError(f"this checkpoint is of another model: {name.split('/', 1)[1]} is "
-                                      f"{theirs[name]} in it, {tuple(pieces.shape)} here")
-
-    _agree(fits, group)
-    with _refusing(path):
-        _read(path, wanted, group)
-    return json.loads((path / "meta.json").read_text())
-
-
-def _read(path: Path, wanted: dict[str, Pieces], group: dist.ProcessGroup | None) -> None:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        dcp.load(wanted, storage_reader=_Reader(path), planner=_Load(False, False), process_group=group,
-                 no_dist=group is None)
+    asked = _gather({name: tuple(held.shape) for name, held in wanted.items()}, group)
+    _refuse_another_model(dict(ChainMap(*asked)), theirs)
+    return _agree(read, group)
 
 
 def _check(path: Path, tensors: bool, rank: int = 0, P: int = 1) -> None:
@@ -441,15 +297,10 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (Exception, dcp.CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-        if isinstance(cause, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        if isinstance(cause, pickle.UnpicklingError):
-            reason = "it holds more than tensors, and reading that could run code"
-        else:
-            reason = f"not readable: {_first_line(cause)}"
-        raise CheckpointError(_refusal(path, reason)) from error
+    except Exception as error:
+        code = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than tensors, and reading that could run code" if code else _first_line(error)
+        raise CheckpointError(_refusal(path, f"not readable: {reason}")) from error
 
 
 def _refusal(path: Path, reason: str) -> str:
@@ -458,7 +309,17 @@ def _refusal(path: Path, reason: str) -> str:
     return f"checkpoint {path}: {reason}; {cure}"
 
 
-# --- 4. optimizer states under full parameter names -----------------------------------------
+def _refuse_another_model(ours: dict[str, tuple], theirs: dict[str, tuple]) -> None:
+    """CheckpointError unless the names and shapes are the same."""
+    differences = [f"only {'the model' if name in ours else 'the checkpoint'} has {name.split('/', 1)[-1]}"
+                   for name in sorted(ours.keys() ^ theirs.keys())]
+    differences += [f"{name.split('/', 1)[-1]} is {theirs[name]} in it, {shape} here"
+                    for name, shape in ours.items() if shape != theirs.get(name, shape)]
+    if differences:
+        raise CheckpointError(f"this checkpoint is of another model: {differences[0]}")
+
+
+# --- 3. optimizer states under full parameter names -----------------------------------------
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
     """The optimizer's parameters -> names, in the order by which torch's own state_dict numbers them."""
@@ -471,18 +332,14 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, s
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     """The optimizer's states by parameter name. ValueError if it has a parameter that is not the model's."""
-    names, states = _names(model, optimizer), optimizer.state
-    return {name: dict(states[p]) for p, name in names.items() if p in states}
+    return {name: dict(optimizer.state[p]) for p, name in _names(model, optimizer).items() if p in optimizer.state}
 
 
 def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, checkpoint: dict) -> None:
     """Put what ``load`` returned into a model and its optimizer; nothing is touched unless everything fits.
 
-    The optimizer keeps its own learning rate and other settings. It may go on with the checkpoint's own
-    tensors: load anew for a second one.
-
-    Raises:
-        CheckpointError: if a part or a parameter is missing, unknown, or of another shape: another model's.
+    The optimizer keeps its own learning rate and other settings. It may go on with the checkpoint's own tensors: load
+    anew for a second one. CheckpointError if a part or a parameter is missing, unknown, or of another shape.
     """
     parameters = dict(model.named_parameters())
     names = [] if optimizer is None else list(_names(model, optimizer).values())
@@ -490,13 +347,9 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, check
         if part not in checkpoint:
             raise CheckpointError(f"this checkpoint was loaded without its part {part!r}")
     theirs, states = checkpoint["model"], checkpoint.get("optimizer", {})
-    for name in sorted(parameters.keys() ^ theirs.keys() | states.keys() - parameters.keys()):
-        whose = "the model" if name in parameters else "the checkpoint"
-        raise CheckpointError(f"this checkpoint is of another model: only {whose} has {name}")
-    for name, p in parameters.items():
-        if p.shape != theirs[name].shape:
-            raise CheckpointError(f"this checkpoint is of another model: {name} is "
-                                  f"{tuple(theirs[name].shape)} in it, {tuple(p.shape)} here")
+    _refuse_another_model({name: tuple(p.shape) for name, p in parameters.items()},
+                          {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+                          | dict.fromkeys(states.keys() - parameters.keys(), ()))
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(theirs[name])
@@ -519,46 +372,53 @@ def export(directory: str | os.PathLike, to: str | os.PathLike) -> None:
     load_states(model, None, saved)
     model.save_pretrained(to)
     shutil.copy(path / "tokenizer.tiktoken", to)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{path}, step {saved['meta']['step']}: {parameters:,} parameters, written to {to}")
+    print(f"{path}, step {saved['meta']['step']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"written to {to}")
 
 
-# --- 5. demo --------------------------------------------------------------------------------
+# --- 4. demo --------------------------------------------------------------------------------
 
-def _save_for_ever(directory: str) -> None:
+def _save_for_ever(directory: str, started: Connection) -> None:
     """What the demo kills: a process that saves one checkpoint after another, from the last one on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo
     parent, step = os.getppid(), load(latest(directory), parts=())["meta"]["step"]
-    print("started", flush=True)
     while os.getppid() == parent:  # not for ever, if it is the demo that was killed
         step += 1
         w = torch.full((1 << 20,), float(step))
         save(directory, step, {"model": {"weight": w}, "optimizer": {"weight": {"exp_avg": w}}}, {}, keep=2)
+        if not started.closed:
+            started.send("")  # everything is imported: from now on it is saving that is killed
+            started.close()
 
 
 def main(kills: int, seed: int) -> None:
     if kills < 1 or not 0 <= seed < 2**63:
         raise ValueError(f"--kills must be at least 1 and --seed in 0 .. 2^63 - 1, got {kills} and {seed}")
-    generator = torch.Generator().manual_seed(seed)
-    whole = 0
+    generator, whole = torch.Generator().manual_seed(seed), 0
+    # A server that has imported torch starts each process in a moment; Windows has none.
+    processes = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    processes.set_forkserver_preload(["torch.distributed.checkpoint"])
     with tempfile.TemporaryDirectory() as directory:
         save(directory, 0, {"model": {"weight": torch.zeros(1)}, "optimizer": {}}, {})
         for _ in range(kills):
-            with subprocess.Popen([sys.executable, __file__, "--save_for_ever", directory],
-                                  stdout=subprocess.PIPE, start_new_session=True) as child:
-                try:
-                    child.stdout.readline()
-                    time.sleep(0.3 * torch.rand((), generator=generator).item())
-                finally:  # after Ctrl-C too
-                    child.kill()
+            here, there = processes.Pipe(duplex=False)
+            child = processes.Process(target=_save_for_ever, args=(directory, there), daemon=True)
+            child.start()
+            there.close()
+            try:
+                here.recv()
+                time.sleep(0.1 * torch.rand((), generator=generator).item())
+            finally:  # after Ctrl-C too
+                child.kill()
+                child.join()
             found = load(latest(directory))
             whole += bool((found["model"]["weight"] == found["meta"]["step"]).all())
         path = latest(directory)
         print(f"killed in the middle of saving {kills} times; the last checkpoint is {path.name}, "
               f"left behind: {[p.name for p in Path(directory).glob('.step-*')]}")
         file = next(path.glob("*.distcp"))
-        damaged = bytearray(file.read_bytes())
-        damaged[len(damaged) // 2] ^= 1
-        file.write_bytes(damaged)
+        good, middle = file.read_bytes(), file.stat().st_size // 2
+        file.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:])
         try:
             load(path)
             print("one bit flipped, and nobody noticed: WRONG")
@@ -575,19 +435,15 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the moments to kill it at (default 0)")
     parser.add_argument("--export", metavar="DIR", help="write the model of the newest checkpoint here ...")
     parser.add_argument("--to", metavar="DIR", help="... as a Hugging Face directory here")
-    parser.add_argument("--save_for_ever", metavar="DIR", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
         if (arguments.export is None) != (arguments.to is None):
             raise ValueError("--export needs --to and the other way round: from where, to where")
         if arguments.export:
             export(arguments.export, arguments.to)
-        elif arguments.save_for_ever:
-            _save_for_ever(arguments.save_for_ever)
         else:
             main(arguments.kills, arguments.seed)
-    except ValueError as error:
-        print(f"checkpoint.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"checkpoint.py: {error}\n")
     except KeyboardInterrupt:
         sys.exit(130)

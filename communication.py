@@ -73,9 +73,10 @@ WHEN = {"data": ("all-reduce of gradients", "during backward, once a step"),
 
 @contextmanager
 def counting() -> Iterator[list[tuple[str, float]]]:
-    """Inside, every collective or send of torch.distributed adds (its name, the bytes that this process sends for it).
+    """Inside, every collective or send of tensors adds (its name, the bytes that this process sends for it).
 
-    A collective counts as its ring sends, 2 (P-1)/P n or (P-1)/P n, whatever algorithm the backend has.
+    A collective counts as its ring sends, 2 (P-1)/P n or (P-1)/P n, whatever algorithm the backend has. Counted is what
+    is called as torch.distributed.<name>, by all threads of the process; objects (all_gather_object) are left out.
     """
     sent, before = [], {}
 
@@ -92,11 +93,14 @@ def counting() -> Iterator[list[tuple[str, float]]]:
             setattr(dist, name, lambda *args, **kwargs: (note(*args, **kwargs), original(*args, **kwargs))[1])
 
     wrap("all_reduce", lambda tensor, *_, group=None, **__: count("all-reduce", group, tensor, 2))
-    wrap("all_gather", lambda parts, tensor, group=None, **_: sent.append(
-        ("all-gather", (size(group) - 1) * tensor.nbytes)))
+    for name in ("all_gather", "all_gather_into_tensor", "all_gather_single"):
+        wrap(name, lambda parts, tensor, group=None, *_, **__: sent.append(
+            ("all-gather", (size(group) - 1) * tensor.nbytes)))
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
         wrap(name, lambda output, tensor, *_, group=None, **__: count("reduce-scatter", group, tensor, 1))
-    wrap("isend", lambda tensor, *_, **__: sent.append(("send", tensor.nbytes)))
+    wrap("all_to_all_single", lambda output, tensor, *_, group=None, **__: count("all-to-all", group, tensor, 1))
+    wrap("broadcast", lambda tensor, *_, group=None, **__: count("broadcast", group, tensor, 1))
+    wrap("isend", lambda tensor, *_, **__: sent.append(("send", tensor.nbytes)))  # send calls it, too
     dist.distributed_c10d.isend = dist.isend  # batch_isend_irecv calls this one, and insists on it
     try:
         yield sent

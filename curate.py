@@ -12,12 +12,13 @@ Passes    clean    file -> rules of C4 and Gopher, masks             -> document
           unique   file -> without copies, near-copies, poor quality -> documents; hashes of lines and spans
           repeated bucket of these hashes -> all places but the first of each
           write    file -> without repeated lines and spans, held-out text -> out/000000-name.jsonl.gz, one
-                   {"text", "source"} a line, which data.py and train.py read; at last out/report.json
+                   {"text", "source"} a line, which data.py and train.py read; at last out/.report.json
 Shapes    a place is file number * 2^40 + number in the file, in int64 and uint64; hashes are uint64
+Memory    of a document, of a bucket of hashes; 8 bytes for each copy in a file, and on one rank, while near-duplicates
+          are linked, some times 8 for each document of the crawl. Nothing else grows with it
 Omits     mixtures of sources (mixture.py); tokens (packing.py --data 'shards/*.jsonl.gz'); ranks that share no folder
-Run       python curate.py                                                   a made-up crawl, killed; under 30 s
-          python data.py 'crawl/*.warc.wet.gz' --out shards/                 the same of your crawl
-          Ends with "... kept of ..."; the first with "the same shards after a kill: True"
+Run       python curate.py                                           made up; ends with "same shards after a kill: True"
+          python data.py 'crawl/*.warc.wet.gz' --out shards/         your crawl; ends with "... kept of ..."
 Test      pytest tests/test_curate.py
 """
 
@@ -27,6 +28,7 @@ import gzip
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import os
 import shutil
@@ -35,16 +37,17 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 LONGEST = 2**24  # bytes of a document; a longer "line" of a crawl is damage or a dump
 FILE = 2**40  # a place: file number * FILE + number in the file
-RUN = 2**18  # hashes that are sorted and written together
-BUCKET = 2**20  # hashes that are compared together, about
+BUCKET = 2**19  # hashes that are compared together, about
+COMPARED = 4096  # pairs of signatures that are compared together
 SAMPLE = 4000  # documents of each class for the classifier
+REPORT = ".report.json"  # out of sight of 'shards/*', which are text
 RULES = ("curly bracket", "lorem ipsum", "bad words", "citation markers", "terminal punctuation", "five words",
          "javascript", "policy", "three sentences", "50 to 100,000 words", "mean word length", "symbols", "bullets",
          "ellipses", "alphabetic words", "stop words", "copied lines", "copied n-grams", "masked email", "masked ip",
@@ -57,16 +60,20 @@ RULES = ("curly bracket", "lorem ipsum", "bad words", "citation markers", "termi
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[io.BufferedWriter]:
     """A file to write to, which appears at the path when the block ends, whole and on the disk; or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: {error.strerror or error}: check the folder, its permissions and "
+                         "the room on the disk; the same command then goes on from there") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 @contextlib.contextmanager
@@ -83,68 +90,41 @@ def read_json_lines(path: Path) -> Iterator[dict]:
         yield from map(json.loads, file)
 
 
-class Hashes:
-    """Writes hashes and their places, in runs of RUN that are sorted by hash."""
-
-    def __init__(self, hashes: io.BufferedWriter, places: io.BufferedWriter):
-        self.files, self.parts, self.n_waiting = (hashes, places), [], 0
-
-    def add(self, hashes: np.ndarray, places: np.ndarray) -> None:
-        """(N,) uint64 each; the memory of RUN of them is held."""
-        self.parts.append(np.stack([hashes, places]))
-        self.n_waiting += len(hashes)
-        if self.n_waiting >= RUN:
-            self.flush(RUN)
-
-    def flush(self, at_least: int = 1) -> None:
-        """Write what waits, in runs; what does not fill a run waits on, unless at_least is 1."""
-        table = np.concatenate([np.empty((2, 0), np.uint64), *self.parts], 1)
-        while table.shape[1] >= at_least:
-            run, table = table[:, :RUN], table[:, RUN:]
-            for file, column in zip(self.files, run[:, np.argsort(run[0], kind="stable")]):
-                column.tofile(file)
-        self.parts, self.n_waiting = [table], table.shape[1]
-
-
 @contextlib.contextmanager
-def hash_table(path: Path) -> Iterator[Hashes]:
-    """Hashes to be added to, in path.hashes and path.places, both `whole`."""
+def hash_table(path: Path) -> Iterator["deduplication.HashWriter"]:
+    """Hashes and places to be added to, in path.hashes and path.places, both `whole`."""
+    from deduplication import HashWriter
+
     with whole_file(path.with_suffix(".hashes")) as hashes, whole_file(path.with_suffix(".places")) as places:
-        yield (table := Hashes(hashes, places))
+        yield (table := HashWriter(hashes, places))
         table.flush()
-
-
-def hashes_between(path: Path, low: int, high: int) -> np.ndarray:
-    """(2, N): the hashes of a hash_table in [low, high] and their places, by binary search in every run."""
-    found = [np.empty((2, 0), np.uint64)]
-    if n := os.path.getsize(path.with_suffix(".hashes")) // 8:
-        columns = [np.memmap(path.with_suffix(suffix), np.uint64, "r") for suffix in (".hashes", ".places")]
-        for i in range(0, n, RUN):
-            run = columns[0][i:i + RUN]
-            begin, end = np.searchsorted(run, np.uint64(low)), np.searchsorted(run, np.uint64(high), side="right")
-            found.append(np.stack([column[i + begin:i + end] for column in columns]))
-    return np.concatenate(found, 1)
 
 
 # --- 2. what is counted ------------------------------------------------------------------------
 
-class Tally:
-    """What happened to the documents of one file."""
+def estimated_tokens(text: str) -> int:
+    """About how many tokens a text is: GPT-2's and Llama's vocabularies make one of about 4 bytes of English."""
+    return -(-len(text.encode()) // 4)
 
-    def __init__(self, source: str):
+
+class Tally:
+    """What happened to the documents of one file. n_tokens: counts the tokens of a text."""
+
+    def __init__(self, source: str, n_tokens: Callable[[str], int] = estimated_tokens):
         self.source, self.rules, self.counts = source, {}, {}
         self.lost, self.places_lost, self.bytes_lost = [], 0, 0
+        self._n_tokens = n_tokens
 
     def count(self, name: str, text: str) -> None:
         """One document more of this name."""
-        row = self.counts.setdefault(name, [0, 0])
-        row[0], row[1] = row[0] + 1, row[1] + len(text.split())
+        n_documents, n_tokens = self.counts.get(name, (0, 0))
+        self.counts[name] = n_documents + 1, n_tokens + self._n_tokens(text)
 
     def remove(self, rule: str, text: str, document: bool) -> None:
         """A rule removed a document or a piece of one."""
-        row = self.rules.setdefault(rule, {"documents": 0, "pieces": 0, "words": 0, "examples": []})
+        row = self.rules.setdefault(rule, {"documents": 0, "pieces": 0, "tokens": 0, "examples": []})
         row["documents" if document else "pieces"] += 1
-        row["words"] += 0 if rule == "citation markers" else len(text.split())
+        row["tokens"] += self._n_tokens(text)
         example = f"{self.source}: {text[:160]}"
         if text and len(row["examples"]) < 3 and example not in row["examples"]:
             row["examples"].append(example)
@@ -158,41 +138,43 @@ class Tally:
     def save(self, path: Path) -> None:
         """As JSON; written last, it says that the file is done."""
         with whole_file(path) as file:
-            file.write(json.dumps(vars(self)).encode())
+            file.write(json.dumps({k: value for k, value in vars(self).items() if k[0] != "_"}).encode())
 
 
-def total_of(tallies: list[dict]) -> dict:
+def total_of(tallies: Iterable[dict]) -> dict:
     """The sum of tallies, in their order; of the examples and messages, the first."""
     total = {"documents": {}, "rules": {}, "places_lost": 0, "bytes_lost": 0, "lost": []}
     for tally in tallies:
         for name, row in tally["counts"].items():
-            old = total["documents"].setdefault(name, {"documents": 0, "words": 0})
-            old["documents"], old["words"] = old["documents"] + row[0], old["words"] + row[1]
+            old = total["documents"].setdefault(name, {"documents": 0, "tokens": 0})
+            old["documents"], old["tokens"] = old["documents"] + row[0], old["tokens"] + row[1]
         for rule, row in tally["rules"].items():
-            old = total["rules"].setdefault(rule, {"documents": 0, "pieces": 0, "words": 0, "examples": []})
-            for name in ("documents", "pieces", "words"):
+            old = total["rules"].setdefault(rule, {"documents": 0, "pieces": 0, "tokens": 0, "examples": []})
+            for name in ("documents", "pieces", "tokens"):
                 old[name] += row[name]
             old["examples"] = (old["examples"] + row["examples"])[:3]
         for name in ("places_lost", "bytes_lost", "lost"):
             total[name] += tally[name]
-    total["lost"] = total["lost"][:100]
+        del total["lost"][100:]
     total["rules"] = {rule: total["rules"][rule] for rule in RULES if rule in total["rules"]}
     return total
 
 
 def show(report: dict, examples: bool = False) -> str:
     """The report as a table."""
-    read, kept = (report["documents"].get(name, {"documents": 0, "words": 0}) for name in ("read", "kept"))
-    lines = [f"{'removed by':26} {'documents':>11} {'pieces':>11} {'words':>15}"]
+    read, kept = (report["documents"].get(name, {"documents": 0, "tokens": 0}) for name in ("read", "kept"))
+    lines = [f"{'removed by':26} {'documents':>11} {'pieces':>11} {'tokens':>15}"]
     for rule, row in report["rules"].items():
-        lines.append(f"{rule:26} {row['documents']:11,} {row['pieces']:11,} {row['words']:15,}")
+        lines.append(f"{rule:26} {row['documents']:11,} {row['pieces']:11,} {row['tokens']:15,}")
         lines += [f"    {example!r}" for example in row["examples"]] if examples else []
     if report["auc"] is not None:
         lines.append(f"quality classifier: held-out ROC AUC {report['auc']:.3f} (0.5 is guessing)")
     lines.append(f"lost to damage: {report['places_lost']:,} places, {report['bytes_lost']:,} bytes")
     lines += [f"    {message}" for message in report["lost"][:None if examples else 5]]
-    lines.append(f"{kept['documents']:,} documents, {kept['words']:,} words kept of {read['documents']:,}, "
-                 f"{read['words']:,}, in {report['shards']:,} shards")
+    lines.append(f"tokens: counted by {report['tokenizer']}" if report["tokenizer"] else
+                 "tokens: estimated, 4 bytes of UTF-8 are one; --tokenizer counts them")
+    lines.append(f"{kept['documents']:,} documents, {kept['tokens']:,} tokens kept of {read['documents']:,}, "
+                 f"{read['tokens']:,}, in {report['shards']:,} shards")
     return "\n".join(lines)
 
 
@@ -202,20 +184,25 @@ class Curation:
     """One run: its files, its settings, and a method for each pass's item, which is done when its file is there."""
 
     def __init__(self, files: list[str], out: str | os.PathLike, bad_words: str | None = None,
-                 trusted: str | None = None, decontaminate: str | None = None, threshold: float = 0.8):
+                 trusted: str | None = None, decontaminate: str | None = None, threshold: float = 0.8,
+                 tokenizer: str | None = None):
         import data
         import deduplication
         import quality
+        import tokenizer as tokenizers
 
         self.files, self.out, self.work, self.trusted = files, Path(out), Path(out) / ".work", trusted
         self.data, self.dedup, self.quality, self.threshold = data, deduplication, quality, threshold
         self.bad_words = quality.BadWords.from_file(bad_words) if bad_words else None
         self.held_out = deduplication.HeldOut(data.read_documents(decontaminate)) if decontaminate else None
-        self.hasher, self.classifier = deduplication.MinHash(), None
+        self.tokenizer, self.n_tokens, self.hasher = tokenizer, estimated_tokens, deduplication.MinHash()
+        if tokenizer:
+            encoding = tokenizers.load(tokenizer)
+            self.n_tokens = lambda text: len(tokenizers.encode(encoding, text))
         self.bands = deduplication.choose_bands(self.hasher.k, threshold)
-        others = *(data.find_files(p) if p else [] for p in (trusted, decontaminate)), [bad_words] * bool(bad_words)
-        self.settings = {"version": 1, "threshold": threshold,
-                         "files": [[[f, *_stamp(f)] for f in part] for part in (files, *others)]}
+        texts = (data.find_files(pattern) if pattern else [] for pattern in (trusted, decontaminate))
+        groups = files, *texts, *([path] if path else [] for path in (bad_words, tokenizer))
+        self.settings = {"version": 2, "threshold": threshold, "files": [[[f, *_stamp(f)] for f in g] for g in groups]}
 
     def path(self, name: str, i: int, suffix: str = "") -> Path:
         return self.work / name / f"{i:06}{suffix}"
@@ -223,27 +210,30 @@ class Curation:
     def prepare(self) -> bool:
         """Make the folder, or find what another run with the same settings has done there; whether that is all.
         Raises ValueError for a folder with anything else."""
-        report, settings = self.out / "report.json", self.work / "settings.json"
-        for path in (*self.out.glob("*.tmp"), *self.work.rglob("*.tmp")):  # what a kill left half-written
-            path.unlink(missing_ok=True)
+        report, settings = self.out / REPORT, self.work / "settings.json"
         for path in (report, settings):
             if path.exists():
-                if json.loads(path.read_text())["settings"] != self.settings:
+                found = None
+                with contextlib.suppress(ValueError):  # raised by a file that is not ours
+                    found = json.loads(path.read_bytes())
+                if not isinstance(found, dict) or found.get("settings") != self.settings:
                     raise ValueError(f"{self.out}: holds a run of other files or settings: give another folder, "
-                                        "or delete this one")
+                                     "or delete this one")
+                if path == report and found["shards"] != (n := len(list(self.out.glob("*.jsonl.gz")))):
+                    raise ValueError(f"{self.out}: a finished run whose {found['shards']} shards are now {n}: delete "
+                                     "the folder to make them again, or give another")
+                for left in (*self.out.glob("*.gz.*.tmp"), *self.work.rglob("*.tmp")):  # half-written at a kill
+                    left.unlink(missing_ok=True)
                 return path == report
-        if self.out.exists() and any(name != ".work" for name in os.listdir(self.out)):
-            raise ValueError(f"{self.out}: holds other files: give a new or an empty folder")
+        if self.out.exists() and (not self.out.is_dir() or set(os.listdir(self.out)) - {".work"}):
+            raise ValueError(f"{self.out}: is or holds other files: give a new or an empty folder")
         with whole_file(settings) as file:
             file.write(json.dumps({"settings": self.settings}).encode())
         return False
 
-    def tally(self, name: str, i: int) -> dict:
-        return json.loads(self.path(name, i, ".json").read_text())
-
     def clean(self, i: int) -> None:
         """Of file i: documents, and by what they are compared."""
-        tally, sample, batch, number = Tally(self.files[i]), [], [], 0
+        tally, sample, batch, number = Tally(self.files[i], self.n_tokens), [], [], 0
 
         def add() -> None:
             if batch:
@@ -288,7 +278,8 @@ class Curation:
         """(2, N): the hashes of bucket b, of all files, and their places."""
         n = self.n_buckets(name)
         low, high = b * 2**64 // n, (b + 1) * 2**64 // n - 1
-        return np.concatenate([hashes_between(self.path(name, i), low, high) for i in range(len(self.files))], 1)
+        paths = (self.path(name, i) for i in range(len(self.files)))
+        return np.concatenate([self.dedup.hashes_between(path, low, high) for path in paths], 1)
 
     def copies(self, source: str, target: str, b: int) -> None:
         """Of bucket b: the places of what is elsewhere before."""
@@ -298,8 +289,8 @@ class Curation:
     def fit(self) -> None:
         """The classifier, and how well it tells held-out documents of the two classes apart."""
         samples = (self.path("sample", i, ".jsonl.gz") for i in range(len(self.files)))
-        raw = [record["text"] for path in samples for record in read_json_lines(path)]
-        good = heapq.nsmallest(SAMPLE, self.data.read_documents(self.trusted), key=_number)
+        raw = (record["text"] for path in samples for record in read_json_lines(path))
+        good, raw = (heapq.nsmallest(SAMPLE, texts, _number) for texts in (self.data.read_documents(self.trusted), raw))
         if not raw:
             raise ValueError("no document of the crawl is left to fit the classifier: give more, or no --trusted")
         auc = self.quality.held_out_auc(good, raw)
@@ -308,7 +299,7 @@ class Curation:
             file.write(json.dumps({"auc": auc}).encode())
 
     def dropped(self, name: str, i: int) -> np.ndarray:
-        """The numbers in file i that sorted lists of places name."""
+        """The numbers in file i, ascending, that sorted lists of places name."""
         found = []
         for path in sorted((self.work / name).glob("*.npy")):
             places = np.load(path, mmap_mode="r")
@@ -318,14 +309,14 @@ class Curation:
 
     def unique(self, i: int) -> None:
         """Of file i: the documents that are not elsewhere and are good enough, and the hashes of their units."""
-        tally, n_units = Tally(self.files[i]), 0
-        copied, near = (set(self.dropped(name, i).tolist()) for name in ("copied", "near"))
+        tally, n_units = Tally(self.files[i], self.n_tokens), 0
+        copied, near = self.dropped("copied", i), self.dropped("near", i)
         classifier = self.quality.QualityClassifier.load(self.work / "classifier.npz") if self.trusted else None
         with json_lines(self.path("unique", i, ".jsonl.gz"), 1) as write, hash_table(self.path("units", i)) as table:
             for number, record in enumerate(read_json_lines(self.path("clean", i, ".jsonl.gz"))):
                 text = record["text"]
-                if number in copied or number in near:
-                    tally.remove("copied document" if number in copied else "near-duplicate", text, document=True)
+                if _holds(copied, number) or _holds(near, number):
+                    tally.remove("copied document" if _holds(copied, number) else "near-duplicate", text, document=True)
                 elif classifier and not classifier.keeps(text):
                     tally.remove("quality classifier", text, document=True)
                 else:
@@ -336,20 +327,22 @@ class Curation:
         tally.save(self.path("unique", i, ".json"))
 
     def signatures(self, places: np.ndarray) -> np.ndarray:
-        """(M,) places of documents -> (M, k)."""
+        """(M,) places of documents -> (M, k), read one by one: of a mapped file, all pages would soon be in memory."""
+        places, where = np.unique(places, return_inverse=True)
         found = np.empty((len(places), self.hasher.k), dtype=np.uint32)
-        for i in np.unique(places // FILE).tolist():
-            mine = places // FILE == i
-            of_file = np.memmap(self.path("clean", i, ".minhash"), np.uint32, "r").reshape(-1, self.hasher.k)
-            found[mine] = of_file[places[mine] - i * FILE]
-        return found
+        for i, of_file in itertools.groupby(zip(places.tolist(), found), lambda pair: pair[0] // FILE):
+            with open(self.path("clean", i, ".minhash"), "rb", 0) as file:
+                for place, row in of_file:
+                    file.seek(place % FILE * row.nbytes)
+                    file.readinto(row)
+        return found[where]
 
     def near(self, b: int) -> None:
         """Of bucket b: (M, 2) near-duplicate pairs."""
         hashes, places = self.bucket("bands", b)
-        pairs = self.dedup.meeting_pairs(hashes, places.astype(np.int64))
+        pairs = self.dedup.meeting_pairs(hashes, places.view(np.int64))
         similar = [np.empty((0, 2), dtype=np.int64)]
-        for part in np.array_split(pairs, len(pairs) // 4096 + 1):  # so many signatures in memory
+        for part in np.array_split(pairs, len(pairs) // COMPARED + 1):
             equal = (self.signatures(part[:, 0]) == self.signatures(part[:, 1])).mean(1) if len(part) else np.empty(0)
             similar.append(part[equal >= self.threshold])
         with whole_file(self.path("pairs", b, ".npy")) as file:
@@ -357,13 +350,18 @@ class Curation:
 
     def cluster(self) -> None:
         """Of every cluster of near-duplicates, all places but the first."""
-        pairs = np.concatenate([np.load(path) for path in sorted((self.work / "pairs").glob("*.npy"))])
+        sizes = [os.path.getsize(self.path("clean", i, ".minhash")) for i in range(len(self.files))]
+        starts = np.cumsum([0, *sizes]) // (4 * self.hasher.k)  # of file i, in numbers without gaps
+        buckets = (np.load(path) for path in sorted((self.work / "pairs").glob("*.npy")))
+        first = self.dedup.link((starts[pairs // FILE] + pairs % FILE for pairs in buckets), int(starts[-1]))
+        later = np.flatnonzero(first != np.arange(len(first)))
+        file_of = np.searchsorted(starts, later, side="right") - 1
         with whole_file(self.path("near", 0, ".npy")) as file:
-            np.save(file, np.array(sorted(self.dedup.clusters(pairs.tolist())), dtype=np.int64))
+            np.save(file, file_of * FILE + later - starts[file_of])
 
     def write(self, i: int) -> None:
         """Of file i: its shard; none if nothing is left."""
-        tally, dropped, place, write = Tally(self.files[i]), self.dropped("repeated", i), 0, None
+        tally, dropped, place, write = Tally(self.files[i], self.n_tokens), self.dropped("repeated", i), 0, None
         shard = self.out / f"{i:06}-{Path(self.files[i]).name.split('.')[0]}.jsonl.gz"
         with contextlib.ExitStack() as stack:
             for record in read_json_lines(self.path("unique", i, ".jsonl.gz")):
@@ -386,13 +384,18 @@ class Curation:
 
     def report(self) -> None:
         """The sum of what was counted."""
-        report = total_of([self.tally(t, i) for t in ("clean", "unique", "write") for i in range(len(self.files))])
+        paths = (self.path(name, i, ".json") for name in ("clean", "unique", "write") for i in range(len(self.files)))
+        report = total_of(json.loads(path.read_bytes()) for path in paths)
         classifier = self.work / "classifier.json"
         report["auc"] = json.loads(classifier.read_text())["auc"] if classifier.exists() else None
         report["shards"] = len(list(self.out.glob("*.jsonl.gz")))
-        report["settings"] = self.settings
-        with whole_file(self.out / "report.json") as file:
+        report["tokenizer"], report["settings"] = self.tokenizer, self.settings
+        with whole_file(self.out / REPORT) as file:
             file.write(json.dumps(report, indent=1).encode())
+
+
+def _holds(ascending: np.ndarray, number: int) -> bool:
+    return number in ascending[(place := np.searchsorted(ascending, number)):place + 1]
 
 
 def _number(text: str) -> int:
@@ -400,9 +403,7 @@ def _number(text: str) -> int:
 
 
 def _stamp(path: str) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    return [0, 0]
+    return [os.path.getsize(path), os.stat(path).st_mtime_ns] if os.path.exists(path) else [0, 0]
 
 
 def curate(pattern: str, out: str | os.PathLike, world, say: Callable[[str], None] = str, **options) -> dict:
@@ -414,9 +415,10 @@ def curate(pattern: str, out: str | os.PathLike, world, say: Callable[[str], Non
         say: called with lines on the progress.
         options: bad_words: file of words and phrases that no document may have; trusted: text for the quality
             classifier (None: no classifier); decontaminate: text that no document may share a 13-gram with;
-            threshold: the similarity from which documents are near-duplicates.
+            threshold: the similarity from which documents are near-duplicates; tokenizer: as for tokenizer.load,
+            to count the tokens (None: they are estimated).
 
-    Returns the report, which is also in out/report.json. Raises ProcessError, on every rank, for files, words or
+    Returns the report, which is also in out/.report.json. Raises ProcessError, on every rank, for files, words or
     folders that cannot be used, or a full disk; what is done by then stays done."""
     import data
 
@@ -445,9 +447,9 @@ def curate(pattern: str, out: str | os.PathLike, world, say: Callable[[str], Non
         each("unique", n, run.unique, ".json")
         each("repeated", run.n_buckets("units"), lambda b: run.copies("units", "repeated", b), ".npy")
         each("write", n, run.write, ".json")
-        once("../report.json", run.report)
+        once(f"../{REPORT}", run.report)
     world.agree(lambda: shutil.rmtree(run.work, ignore_errors=True), here=world.rank == 0)
-    return world.first(lambda: json.loads((run.out / "report.json").read_text()))
+    return world.first(lambda: json.loads((run.out / REPORT).read_bytes()))
 
 
 # --- 4. demo -----------------------------------------------------------------------------------
@@ -460,10 +462,7 @@ def _demo() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pattern, counts = make_crawl(f"{folder}/crawl", 6, 150)
         os.truncate(f"{folder}/crawl/00001.warc.wet.gz", 50_000)
-        with open(f"{folder}/crawl/00003.warc.wet.gz", "r+b") as file:
-            file.seek(5000)
-            file.write(b"damage")
-        print(f"6 files of 150 made-up pages, {counts}; then one is cut short, and six bytes of one are wrong")
+        print(f"6 files of made-up pages, {counts}; then one is cut short")
         print(show(curate(pattern, f"{folder}/whole", World())))
         killed, work = 0, Path(folder, "killed", ".work")
         for mark in ("clean/000002.json", "unique/000001.json", "write/000004.json"):
@@ -497,11 +496,12 @@ def start(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{name}: {message}\n")  # one line, no usage
     parser.add_argument("crawl", nargs="?", help="files, such as 'crawl/*.warc.wet.gz' (default: made up)")
-    parser.add_argument("--out", metavar="FOLDER", help="for the shards and report.json; new, empty, or to go on in")
+    parser.add_argument("--out", metavar="FOLDER", help="for the shards and .report.json; new, empty, or to go on in")
     parser.add_argument("--bad_words", metavar="FILE", help="one word or phrase a line; pages with one are removed")
     parser.add_argument("--trusted", metavar="FILES", help="text of the quality that is wanted: fits the classifier")
     parser.add_argument("--decontaminate", metavar="FILES", help="tests: what shares 13 words with them is removed")
     parser.add_argument("--threshold", type=float, default=0.8, help="similarity of near-duplicates (default 0.8)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="counts the tokens of the report (default: estimated)")
     parser.add_argument("--explain", action="store_true", help="show examples of what each rule removed")
     try:
         main(**vars(parser.parse_args(arguments)))

@@ -20,10 +20,14 @@ Test      pytest tests/test_deduplication.py
 """
 
 import argparse
+import bisect
 import hashlib
+import io
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -105,7 +109,59 @@ def later_copies(hashes: np.ndarray, places: np.ndarray) -> np.ndarray:
     return np.sort(places[1:][hashes[1:] == hashes[:-1]])
 
 
-# --- 2. n-grams of words ----------------------------------------------------------------------
+# --- 2. more hashes than fit in memory --------------------------------------------------------
+
+# What is equal has equal hashes, so hashes of [low, high] can be compared without the others. Each file's are written
+# in sorted runs; a run's part of any interval is found by binary search, and an interval is as small as one likes.
+RUN = 2**18  # hashes that are sorted and written together
+
+
+class HashWriter:
+    """Writes hashes, and where they are from, to two files, in runs of RUN that are sorted by hash."""
+
+    def __init__(self, hashes: io.BufferedWriter, places: io.BufferedWriter):
+        self.files, self.parts, self.n_waiting = (hashes, places), [], 0
+
+    def add(self, hashes: np.ndarray, places: np.ndarray) -> None:
+        """(N,) uint64 each; the memory of RUN of them is held."""
+        self.parts.append(np.stack([hashes, places]))
+        self.n_waiting += len(hashes)
+        if self.n_waiting >= RUN:
+            self.flush(RUN)
+
+    def flush(self, at_least: int = 1) -> None:
+        """Write what waits, in runs; what does not fill a run waits on, unless at_least is 1."""
+        table = np.concatenate([np.empty((2, 0), np.uint64), *self.parts], 1)
+        while table.shape[1] >= at_least:
+            run, table = table[:, :RUN], table[:, RUN:]
+            for file, column in zip(self.files, run[:, np.argsort(run[0], kind="stable")]):
+                column.tofile(file)
+        self.parts, self.n_waiting = [table.copy()], table.shape[1]
+
+
+def hashes_between(path: Path, low: int, high: int) -> np.ndarray:
+    """(2, N): those of path.hashes that are in [low, high], and theirs of path.places, by binary search in every run.
+    The files are read and not mapped, as what is mapped and was looked at counts as memory."""
+    found = [np.empty((2, 0), np.uint64)]
+    with open(path.with_suffix(".hashes"), "rb", 0) as hashes, open(path.with_suffix(".places"), "rb", 0) as places:
+        def hash_at(i: int) -> int:
+            hashes.seek(8 * i)
+            return int.from_bytes(hashes.read(8), sys.byteorder)
+
+        n = os.path.getsize(hashes.name) // 8
+        for i in range(0, n, RUN):
+            run = range(i, min(i + RUN, n))
+            begin = i + bisect.bisect_left(run, low, key=hash_at)
+            end = i + bisect.bisect_right(run, high, key=hash_at)
+            part = np.empty((2, end - begin), dtype=np.uint64)
+            for file, column in zip((hashes, places), part):
+                file.seek(8 * begin)
+                file.readinto(column)
+            found.append(part)
+    return np.concatenate(found, 1)
+
+
+# --- 3. n-grams of words ----------------------------------------------------------------------
 
 # Bytes of words, ASCII letters and digits and all of what is beyond ASCII, have an odd random number, others 0.
 WORD = re.compile(r"[0-9a-z\x80-\U0010ffff]+")  # the same, of lower case
@@ -145,7 +201,7 @@ def jaccard(a: str, b: str, n: int = 5) -> float:
     return len(a & b) / max(1, len(a | b))
 
 
-# --- 3. MinHash -------------------------------------------------------------------------------
+# --- 4. MinHash -------------------------------------------------------------------------------
 
 class MinHash:
     """Signatures of documents; equal arguments give equal signatures, anywhere and at any time.
@@ -189,7 +245,7 @@ class MinHash:
         return smallest
 
 
-# --- 4. banded locality-sensitive hashing -----------------------------------------------------
+# --- 5. banded locality-sensitive hashing -----------------------------------------------------
 
 def s_curve(similarity: float, bands: int, rows: int) -> float:
     """The probability that two documents of this similarity meet in at least one band."""
@@ -246,6 +302,22 @@ def clusters(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
     return {x: root(x) for x in sorted(parent)}
 
 
+def link(pieces: Iterable[np.ndarray], n: int) -> np.ndarray:
+    """The same for more pairs than fit in memory, which come in pieces (M, 2): (n,) the first document of the cluster
+    of each of 0 to n - 1. All roots of a piece are found at once, and each is hung below the smallest that it met."""
+    parent = np.arange(n)
+    for pairs in pieces:
+        while len(pairs):
+            while not np.array_equal(parent[pairs], above := parent[parent[pairs]]):
+                parent[pairs] = above  # halve the paths
+            pairs = parent[pairs]
+            pairs = np.sort(pairs[pairs[:, 0] != pairs[:, 1]], 1)  # roots that differ, smaller first
+            np.minimum.at(parent, pairs[:, 1], pairs[:, 0])  # downwards only: no circles
+    while not np.array_equal(parent, above := parent[parent]):
+        parent = above
+    return parent
+
+
 def near_duplicates(signatures: np.ndarray, threshold: float = 0.8,
                     group: ProcessGroup | None = None) -> dict[int, int]:
     """Document -> first document of its cluster, for all documents but the first of each cluster.
@@ -298,7 +370,7 @@ def _exchange(table: np.ndarray, owner: np.ndarray, P: int, group: ProcessGroup 
     return came.numpy()
 
 
-# --- 5. decontamination -----------------------------------------------------------------------
+# --- 6. decontamination -----------------------------------------------------------------------
 
 class HeldOut:
     """The n-grams of the texts that a model will be tested on. GPT-3 (appendix C), which calls a document
@@ -331,7 +403,7 @@ class HeldOut:
         return n
 
 
-# --- 6. demo ----------------------------------------------------------------------------------
+# --- 7. demo ----------------------------------------------------------------------------------
 
 def planted(n: int, seed: int, n_words: int = 200) -> tuple[list[str], set[tuple[int, int]]]:
     """n documents of random words, then a copy of each with some words replaced, of three kinds in turn: near

@@ -80,7 +80,7 @@ def absent(flat) -> None:
 class _Unit:
     """What is gathered and freed together."""
 
-    def __init__(self, index: int, flats: list[_Flat]):
+    def __init__(self, index: int, flats: list[Flat]):
         self.index, self.flats = index, flats
         self.active = 0  # forwards that are running
         self.ready = False

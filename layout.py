@@ -18,19 +18,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from checkpoint import Pieces
 
 
 @dataclass
@@ -68,8 +64,7 @@ def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
         ValueError: naming the numbers, and what would fit.
     """
     H, Hkv, L = model["n_heads"], model.get("n_kv_heads") or model["n_heads"], model["n_layers"]
-    D = model["d_model"]
-    width = model.get("d_ff") or (4 * D if kind == "gpt" else None)
+    width = model.get("d_ff") or (4 * model["d_model"] if kind == "gpt" else None)
     fitting = [P for P in range(1, H + 1) if H % P == 0 and (width or P) % P == 0 and (Hkv % P == 0 or P % Hkv == 0)]
     if sizes.tp not in fitting:
         raise ValueError(f"--tp={sizes.tp} cannot share {H} heads, {Hkv} key and value heads and {width} hidden units; "
@@ -98,10 +93,11 @@ def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
 
 
 def bytes_needed(N: int, sizes: Grid) -> float:
-    """Of fp32 weights, gradients and AdamW's moments on one process, about: 16 N if nothing is divided."""
-    P, here = sizes.dp, N / (sizes.tp * sizes.pp)
+    """Of fp32 weights, gradients and AdamW's moments on one process, about: 16 N if nothing is divided. With
+    ``offload``, without the moments, which are then not on its device."""
+    P, here = sizes.dp * sizes.cp, N / (sizes.tp * sizes.pp)  # ZeRO's processes; weights are not cut by cp
     divided = {0: 0, 1: 8, 2: 12, 3: 16}[sizes.zero]  # of 16 bytes per parameter
-    return here * (16 - divided + divided / P)
+    return here * (16 - divided + (divided - 8 * sizes.offload) / P)
 
 
 # --- 2. the model ---------------------------------------------------------------------------------------
@@ -146,16 +142,15 @@ class ParallelModel:
 
         self.sizes, self.autocast = sizes, autocast or contextlib.nullcontext()
         self.V, self.microbatches = model.config.vocab_size, microbatches
-        self.mesh = None
-        if dist.is_available() and dist.is_initialized():
-            self.mesh = mesh(sizes.dp, sizes.tp, sizes.pp, sizes.cp, sizes.ep, timeout=timedelta(seconds=timeout))
+        self.mesh = mesh(sizes.dp, sizes.tp, sizes.pp, sizes.cp, sizes.ep, timedelta(seconds=timeout)) \
+            if dist.is_available() and dist.is_initialized() else None
         self.part = self._rank("dp") * sizes.ep + self._rank("ep")
         # Dropout: processes that work on the same positions draw the same.
         self.seed_part = self.part * sizes.cp + self._rank("cp")
         self.counts = float(self._rank("tp") == 0 and self._rank("pp") == 0)
         whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.model, self.pipe = model, None
-        self._cut(microbatches)
+        self._cut()
         self.places = {name: self._place(name, p, whole[name]) for name, p in model.named_parameters()}
         # fp32 weights are optimised and saved; forward and backward run on them, or on copies in bf16.
         self.zero, self.half = None, half
@@ -167,7 +162,7 @@ class ParallelModel:
     def _rank(self, axis: str) -> int:
         return dist.get_rank(getattr(self.mesh, axis)) if self.mesh else 0
 
-    def _cut(self, microbatches: int) -> None:
+    def _cut(self) -> None:
         s, model = self.sizes, self.model
         self.experts: set[str] = set()
         if s.ep > 1:
@@ -185,19 +180,18 @@ class ParallelModel:
             from pipeline import Pipeline
             from pipeline_schedules import schedule
             slices = s.cp * (s.tp if s.sequence else 1)
-            self.pipe = Pipeline(model, schedule(s.schedule, s.pp, microbatches), self.mesh.pp, self.mesh.back,
+            self.pipe = Pipeline(model, schedule(s.schedule, s.pp, self.microbatches), self.mesh.pp, self.mesh.back,
                                  slices=slices)
 
     def _place(self, name: str, p: nn.Parameter, whole: tuple[int, ...]) -> _Place:
         """Holders are counted among processes of the same data: tensor-parallel copies, and both ends of a pipeline."""
-        cut, s = getattr(p, "cut", None), self.sizes
-        holders = 2 if self.pipe and name in self.pipe.tied else 1
+        cut = getattr(p, "cut", None)
+        ends = 2 if self.pipe and name in self.pipe.tied else 1
+        holders = ends * (self.sizes.tp if cut is None else cut.copies)
+        dim, first = 0, self._rank("ep") * p.size(0) if name in self.experts else 0
         if cut is not None:
-            first = self._rank("tp") // cut.copies * p.size(cut.dim)
-            return _Place(whole, tuple(p.shape), cut.dim, first, holders * cut.copies)
-        if name in self.experts:
-            return _Place(whole, tuple(p.shape), 0, self._rank("ep") * p.size(0), holders * s.tp)
-        return _Place(whole, tuple(p.shape), holders=holders * s.tp)
+            dim, first = cut.dim, self._rank("tp") // cut.copies * p.size(cut.dim)
+        return _Place(whole, tuple(p.shape), dim, first, holders)
 
     def _divide(self, optimizer: Callable, settings: Callable, initialise: Callable | None, device) -> None:
         """ZeRO: what every data-parallel process would have is divided among them."""
@@ -219,10 +213,9 @@ class ParallelModel:
             self.model.bfloat16()
         self.copies = dict(self.model.named_parameters())
         data, replicas = (self.mesh.data, self.mesh.replicas) if self.mesh else (None, None)
-        dtype = torch.float32 if self.half else None
         dense = _Part({name: p for name, p in self.copies.items() if name not in self.experts}, self.model)
         experts = _Part({name: p for name, p in self.copies.items() if name in self.experts})
-        self.dp = [DataParallel(part, group, reduction="sum", grad_dtype=dtype)
+        self.dp = [DataParallel(part, group, reduction="sum", grad_dtype=torch.float32 if self.half else None)
                    for part, group in ((dense, data), (experts, replicas)) if part.parameters()]
         groups = {}
         for name, p in self.masters.items():
@@ -232,12 +225,12 @@ class ParallelModel:
 
     # --- a step
 
-    @contextlib.contextmanager
-    def _quiet(self, quiet: bool = True) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for dp in self.dp if quiet else ():
-                stack.enter_context(dp.no_sync())
-            yield
+    def _quiet(self, quiet: bool = True) -> contextlib.ExitStack:
+        """A context in which gradients stay on their process."""
+        stack = contextlib.ExitStack()
+        for dp in self.dp if quiet else ():
+            stack.enter_context(dp.no_sync())
+        return stack
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """-log p(target) in nats, in fp32, summed over this process's positions; targets below zero do not count."""
@@ -249,7 +242,8 @@ class ParallelModel:
             losses = vocabulary_cross_entropy(logits, targets.clamp(min=0), self.V, self.mesh.tp)
             return (losses * (targets >= 0)).sum()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        targets = targets.flatten().clamp(min=-1)
+        return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction="sum")
 
     def gradient(self, batches: Iterable[tuple[Tensor, Tensor]], tokens: int,
                  auxiliary: Callable[[nn.Module], Tensor | float] = lambda model: 0.0) -> list[Tensor]:
@@ -318,10 +312,10 @@ class ParallelModel:
         return norm.item()
 
     def _holders(self, name: str) -> int:
-        s, holders = self.sizes, self.places[name].holders
-        if self.zero:
-            return holders
-        return holders * s.dp * s.cp * (1 if name in self.experts else s.ep)
+        """Of all processes, those that have the same elements of this gradient."""
+        s = self.sizes
+        replicas = 1 if self.zero else s.dp * s.cp * (1 if name in self.experts else s.ep)
+        return self.places[name].holders * replicas
 
     def step(self, lr: float) -> None:
         """The optimizer's step."""
@@ -369,6 +363,8 @@ class ParallelModel:
         ``states``: ``checkpoint.shapes`` of what will be loaded: room for the states in it is made. None, to save: then
         the end of a pipeline leaves what it is tied to to the beginning.
         """
+        from pieces import pieces_of
+
         if self.zero:
             mine = {name: (shard.master, shard.start, shard.state) for name, shard in self.zero.shards().items()}
         else:
@@ -379,93 +375,29 @@ class ParallelModel:
             part, name, *state = key.split("/")
             if part == "optimizer" and name in mine and mine[name][0].numel():
                 flat, _, room = mine[name]
-                same = shape == self.places[name].shape
-                room[state[0]] = torch.zeros_like(flat) if same else torch.zeros(shape, device=self._step_device(flat))
-                if same and not self.zero:
-                    room[state[0]] = room[state[0]].view_as(self.masters[name])
-        return {"model": {name: self._pieces(name, flat, start) for name, (flat, start, _) in mine.items()},
-                "optimizer": {name: {key: self._pieces(name, value, start) for key, value in state.items()}
-                              for name, (_, start, state) in mine.items()}}
+                if shape != self.places[name].shape:  # a number, which fused optimizers want beside the parameters
+                    fused = any(group.get("fused") for group in self.optimizer.param_groups)
+                    room[state[0]] = torch.zeros(shape, device=flat.device if fused else "cpu")
+                else:
+                    room[state[0]] = torch.zeros_like(flat if self.zero else self.masters[name])
 
-    def _step_device(self, flat: Tensor) -> torch.device:
-        """Where the optimizer wants its scalars: fused ones beside the parameters."""
-        return flat.device if any(group.get("fused") for group in self.optimizer.param_groups) else torch.device("cpu")
+        def pieces(name: str, tensor: Tensor):
+            if tensor.dim() == 0:  # a step
+                return tensor
+            place, start = self.places[name], mine[name][1]
+            return pieces_of(tensor.detach().view(-1), start, place.local, place.shape, place.dim, place.first)
 
-    def _pieces(self, name: str, tensor: Tensor, start: int) -> Pieces | Tensor:
-        """A parameter, or a state of its size, from element ``start`` of the local one on: its boxes of the whole."""
-        place = self.places[name]
-        if tensor.dim() == 0:
-            return tensor
-        return pieces_of(tensor.detach().view(-1), start, place.local, place.shape, place.dim, place.first)
-
-
-def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements start .. stop - 1 of a tensor, in the order of memory, as boxes: (offsets, sizes), in that order.
-
-    A range of a matrix is the end of a row, whole rows, and the beginning of a row; of more dimensions, likewise.
-    """
-    if start >= stop:
-        return
-    if len(shape) == 0:
-        yield (), ()
-        return
-    inner = math.prod(shape[1:])
-    first, last = start // inner, (stop - 1) // inner  # rows that are touched
-    whole_first, whole_behind = -(-start // inner), stop // inner  # of them, those that are whole
-    if first == last and stop - start < inner:
-        for offsets, sizes in flat_boxes(shape[1:], start - first * inner, stop - first * inner):
-            yield (first, *offsets), (1, *sizes)
-        return
-    if first < whole_first:
-        for offsets, sizes in flat_boxes(shape[1:], start - first * inner, inner):
-            yield (first, *offsets), (1, *sizes)
-    if whole_first < whole_behind:
-        yield (whole_first, *(0,) * (len(shape) - 1)), (whole_behind - whole_first, *shape[1:])
-    if whole_behind <= last:
-        for offsets, sizes in flat_boxes(shape[1:], 0, stop - last * inner):
-            yield (last, *offsets), (1, *sizes)
-
-
-def pieces_of(flat: Tensor, start: int, local: tuple[int, ...], shape: tuple[int, ...], dim: int = 0,
-              first: int = 0) -> Pieces:
-    """Where a flat shard belongs, as ZeRO (flat ranges) and tensor parallelism (slices) cut tensors.
-
-    Args:
-        flat: (n,), elements start .. start + n - 1 of a tensor of shape ``local``; views of it are the boxes.
-        shape: of the whole, of which ``local`` is a slice: it begins at index ``first`` of dimension ``dim``, and what
-            lies behind the end of the whole (a padded vocabulary) is left out.
-    """
-    from checkpoint import Pieces
-
-    boxes, at = [], 0
-    for offsets, sizes in flat_boxes(local, start, start + flat.numel()):
-        n = math.prod(sizes)
-        box = flat.narrow(0, at, n).view(sizes)
-        at += n
-        if local:
-            offsets = (*offsets[:dim], offsets[dim] + first, *offsets[dim + 1:])
-            inside = min(sizes[dim], shape[dim] - offsets[dim])
-            if inside <= 0:
-                continue
-            box = box.narrow(dim, 0, inside)
-        boxes.append((offsets, box))
-    return Pieces(tuple(shape), boxes)
+        return {"model": {name: pieces(name, flat) for name, (flat, _, _) in mine.items()},
+                "optimizer": {name: {key: pieces(name, value) for key, value in state.items()}
+                              for name, (_, _, state) in mine.items()}}
 
 
 class _Part:
     """Some parameters of a model, for DataParallel; and the model's buffers, if they go with them."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], model: nn.Module | None = None):
-        self._parameters, self._model = parameters, model
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self._parameters.values())
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self._parameters.items())
-
-    def named_buffers(self) -> list[tuple[str, Tensor]]:
-        return list(self._model.named_buffers()) if self._model is not None else []
+        self.named_parameters, self.parameters = parameters.items, parameters.values
+        self.named_buffers = model.named_buffers if model is not None else list
 
 
 # --- 3. demo ----------------------------------------------------------------------------------------
@@ -482,9 +414,10 @@ def main(preset: str, processes: int) -> None:
     divisors = [n for n in range(1, processes + 1) if processes % n == 0]
     fitting, refused = [], 0
     for tp, pp, cp, ep, zero in itertools.product(divisors, divisors, divisors, divisors, range(4)):
-        if processes % (tp * pp * cp * ep) or zero and processes == tp * pp * cp * ep:
+        dp, rest = divmod(processes, tp * pp * cp * ep)
+        if rest or zero and dp * cp == 1:  # nobody to divide it with
             continue
-        sizes = Grid(processes // (tp * pp * cp * ep), tp, pp, cp, ep, zero)
+        sizes = Grid(dp, tp, pp, cp, ep, zero)
         try:
             check(sizes, settings.model, model, settings.context)
             fitting.append(sizes)

@@ -201,21 +201,24 @@ def _python_itself() -> dict[str, list[str]]:
 def main(data: str | None, weights: str | None, epochs: str | None, temperature: float, context: int, examples: int,
          seed: int) -> None:
     from data import TokenWindows, pack, read_documents
+    wanted = _numbers(weights, "weights"), _numbers(epochs, "epochs"), temperature
+    parts = [part.partition("=") for part in data.split(",")] if data else []
+    if examples < 1 or not all(name and files for name, _, files in parts):
+        raise ValueError(f"--examples {examples}, --data {data!r}: want at least 1, and name=files,name=files")
+    texts = {name: list(read_documents(files)) for name, _, files in parts} or _python_itself()
+    sources = {name: TokenWindows(pack(documents, lambda text: list(text.encode()), 256, 257), context, seed)
+               for name, documents in texts.items()}
+    tokens = {name: len(source) * context for name, source in sources.items()}
+    shares = proportions(tokens, *wanted)
+    mixture = Mixture(sources, shares, seed)
+    realised = np.bincount(mixture.draw(0, examples)[0], minlength=len(sources))
+
     print(f"Llama's table: {'share':>16}{'epochs':>8}{'tokens':>9}{'bytes/token':>13}   tokens = share x 1.4T / epochs")
     unique = {name: share * LLAMA_TOKENS / seen for name, (share, seen, _) in LLAMA.items()}
     back = proportions(unique, epochs={name: seen for name, (_, seen, _) in LLAMA.items()})
     for name, (share, seen, disk) in LLAMA.items():
         print(f"  {name:14}{share:14.1%}{seen:8.2f}{unique[name] / 1e9:8.0f}B{disk * 1e9 / unique[name]:13.2f}"
               f"   proportions() gives {back[name]:.1%}")
-
-    texts = _python_itself() if data is None else {
-        name: list(read_documents(files)) for name, _, files in (part.partition("=") for part in data.split(","))}
-    sources = {name: TokenWindows(pack(documents, lambda text: list(text.encode()), 256, 257), context, seed)
-               for name, documents in texts.items()}
-    tokens = {name: len(source) * context for name, source in sources.items()}
-    shares = proportions(tokens, _numbers(weights, "weights"), _numbers(epochs, "epochs"), temperature)
-    mixture = Mixture(sources, shares, seed)
-    realised = np.bincount(mixture.draw(0, examples)[0], minlength=len(sources))
     seen = epochs_seen(tokens, shares, examples * context)
     print(f"{examples:,} examples of {context} tokens, temperature {temperature}:\n"
           f"  {'source':14}{'tokens':>12}{'wanted':>10}{'realised':>10}{'epochs':>8}")

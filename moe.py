@@ -16,6 +16,7 @@ Formula   y = sum over the K chosen experts e of  w_e Expert_e(x) + Shared(x),  
 Shapes    x (B, T, D) -> N = B T tokens -> A = N K assignments (token, expert, weight) -> y (B, T, D)
 Omits     choice limited to a few nodes (DeepSeek's groups), jitter of the router's input, experts cut in parts.
 Run       python moe.py    what each loss prevents, on a small Llama of experts: about 20 s
+          python moe.py --plot experts.png    how often each expert is visited, as a picture
 Test      pytest tests/test_moe.py
 """
 
@@ -431,7 +432,22 @@ def model_size(model: nn.Module, context: int | None = None) -> Size:
 
 # --- 6. demo --------------------------------------------------------------------------------
 
-def main(steps: int, n_experts: int, k: int, seed: int) -> None:
+def _draw(shares: dict[str, Tensor], path: str) -> None:
+    """Shares of the visits to each expert over training, (steps, E), as stacked areas."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure, window = Figure((3.2 * len(shares), 3.2), layout="constrained"), 1 + min(map(len, shares.values())) // 12
+    for axes, (way, share) in zip(figure.subplots(1, len(shares), sharey=True), shares.items()):
+        share = share.unfold(0, window, 1).mean(-1)  # over some steps: a batch is small
+        axes.stackplot(range(window, window + len(share)), share.T.numpy())
+        axes.set(title=f"with {way}", xlabel=f"step (means of {window})", ylim=(0, 1), xmargin=0)
+    figure.axes[0].set_ylabel("share of the visits to each expert, layer 1")
+    figure.savefig(path, dpi=100)
+
+
+def main(steps: int, n_experts: int, k: int, seed: int, plot: str | None = None) -> None:
     if steps < 1 or not 0 <= seed < 2**63:
         raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
     from llama import Llama, LlamaConfig, next_token_loss
@@ -439,7 +455,7 @@ def main(steps: int, n_experts: int, k: int, seed: int) -> None:
     text = torch.tensor(list(subprocess.check_output([sys.executable, "-m", "this"])))  # (857,) bytes
     config = LlamaConfig(128, 32, 2, 4, 4, 64, 64, rope_base=1e4, tied=True)
     ways = {"nothing": {}, "balancing loss": {"balance": 0.05}, "bias": {"router": "sigmoid"}, "z-loss": {"z": 0.01}}
-    busiest, largest = {}, {}
+    busiest, largest, drawn = {}, {}, {}
     for way, options in ways.items():
         generator = torch.Generator().manual_seed(seed)
         options = {"router": "softmax_after", "balance": 0.0, "z": 0.0} | options
@@ -460,12 +476,15 @@ def main(steps: int, n_experts: int, k: int, seed: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
             counts = update_biases(model, rate=0.01) if way == "bias" else expert_counts(model)  # (L, E)
+            drawn.setdefault(way, []).append(counts[0] / counts[0].sum())
             if step in (0, steps // 4, steps // 2, steps - 1):
                 share = counts / counts.sum(-1, keepdim=True)
                 shown = " ".join(f"{100 * s:3.0f}" for s in sorted(share[0].tolist()))
                 largest[way] = router_z_loss(seen["logits"]).sqrt().item()
                 print(f"{way:15} {step:4}   {loss:5.2f}   {largest[way]:23.2f}   {shown}")
         busiest[way] = share.amax().item() * n_experts
+    if plot:
+        _draw({way: torch.stack(shares).cpu() for way, shares in drawn.items()}, plot)
     print("busiest expert, times its fair share: " + ", ".join(f"{way} {busiest[way]:.2f}" for way in ways))
     balanced = max(busiest["balancing loss"], busiest["bias"]) < busiest["nothing"]
     print(f"balancing loss and bias spread the visits: {balanced} (expected True);   z-loss keeps the logits small: "
@@ -480,9 +499,10 @@ if __name__ == "__main__":
     parser.add_argument("--n_experts", type=int, default=8, help="experts per layer (default 8)")
     parser.add_argument("--k", type=int, default=1, help="experts per token (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw how often each expert is visited (needs matplotlib)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"moe.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -385,7 +385,7 @@ def _demo(rank: int, options: argparse.Namespace, ranks: list, rendezvous: str) 
         f"held {[held for _, held, _ in gathered]} (plan {[peak_held(ops) for ops in ranks]})")
     say(draw_text(measured))
     if options.plot and rank == 0:
-        draw(options.plot, measured)
+        draw(options.plot, {f"{options.schedule}, measured": measured})
         print(f"drawn in {options.plot}")
     say("step   one process   pipeline   (expected first: about ln 64 = 4.159)")
     for step in (0, len(batches) - 1):

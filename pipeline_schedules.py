@@ -13,6 +13,7 @@ Formula   bubble = idle time / all time of a step, for stages of equal time, bac
 Shapes    no tensors here: ranks -> operations -> times; pipeline.py runs them
 Omits     schedules that hold more than 1F1B to have no bubble at all (ZB-H2, ZB-V); stages of unequal time in the plan.
 Run       python pipeline_schedules.py                     four schedules, drawn: P = 4, M = 8
+          python pipeline_schedules.py --plot timelines.png    the same as a picture
           python pipeline_schedules.py --simulate 4096     a 175B model on so many GPUs: the best layouts
 Test      pytest tests/test_pipeline.py
 """
@@ -186,28 +187,28 @@ def draw_text(times: list[Timed], width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def draw(path: str, times: Iterable[Timed]) -> None:
-    """The timeline as a Gantt chart, to a picture file. Needs matplotlib."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def draw(path: str, timelines: dict[str, list[Timed]]) -> None:
+    """Named timelines as Gantt charts, one below the other, to a picture file. Needs matplotlib."""
+    from matplotlib.figure import Figure
 
-    times = list(times)
-    P = 1 + max(t.rank for t in times)
-    figure, axes = pyplot.subplots(figsize=(12, 0.6 * P + 1.2))
+    ranks = [1 + max(t.rank for t in times) for times in timelines.values()]
+    figure = Figure((12, sum(0.35 * P + 0.8 for P in ranks)), layout="constrained")
     colours = {"F": "tab:blue", "B": "tab:orange", "I": "tab:orange", "W": "tab:green"}
-    for t in times:
-        axes.barh(t.rank, t.end - t.start, left=t.start, color=colours[t.op.kind], edgecolor="white")
-        axes.text((t.start + t.end) / 2, t.rank, t.op.microbatch, ha="center", va="center", fontsize=7)
-    axes.set_yticks(range(P), [f"rank {r}" for r in range(P)])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"time; bubble {bubble(times):.2f}")
-    named = {"F": "forward", "B": "backward", "I": "backward, input", "W": "backward, weights"}
-    kinds = sorted({t.op.kind for t in times})
-    axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=colours[k]) for k in kinds], [named[k] for k in kinds],
-                loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3, frameon=False)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    all_axes = figure.subplots(len(ranks), 1, squeeze=False, height_ratios=ranks)[:, 0]
+    for axes, P, (name, times) in zip(all_axes, ranks, timelines.items()):
+        for t in times:
+            axes.barh(t.rank, t.end - t.start, left=t.start, color=colours[t.op.kind], edgecolor="white")
+            axes.text((t.start + t.end) / 2, t.rank, t.op.microbatch, ha="center", va="center", fontsize=7)
+        axes.set_yticks(range(P), [f"rank {r}" for r in range(P)])
+        axes.invert_yaxis()
+        axes.set_title(f"{name}: bubble {bubble(times):.2f}", loc="left", fontsize="medium")
+    all_axes[-1].set_xlabel("time")
+    named = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
+    kinds = sorted({t.op.kind for times in timelines.values() for t in times})
+    for kind in kinds:
+        all_axes[0].barh(0, 0, color=colours[kind], label=named[kind])
+    all_axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(kinds), frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 # --- 2. what it costs on many GPUs ----------------------------------------------------------------------
@@ -335,12 +336,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4, help="P (default 4)")
     parser.add_argument("--microbatches", type=int, default=8, help="M (default 8)")
     parser.add_argument("--simulate", type=int, metavar="GPUS", help="the best layouts of a 175B model instead")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw all timelines (needs matplotlib)")
     options = parser.parse_args()
     try:
         if options.simulate is not None:
             print(simulate(options.simulate))
             return
-        worst = 0.0
+        worst, timelines = 0.0, {}
         for name in SCHEDULES:
             V = 2 if name == "interleaved" else 1
             ranks = schedule(name, options.ranks, options.microbatches, V)
@@ -352,7 +354,12 @@ def main() -> None:
             print(f"{name}: bubble {found:.4f}, formula {expected:.4f}; held {[peak_held(ops) for ops in ranks]}"
                   + (" stages of half the size" if V == 2 else ""))
             print(draw_text(times))
-    except ValueError as error:
+            timelines[name + " (two chunks a rank)" * (V == 2)] = times
+        if options.plot:
+            draw(options.plot, timelines)
+    except ModuleNotFoundError:
+        parser.exit(2, "pipeline_schedules.py: --plot needs matplotlib: pip install matplotlib\n")
+    except (ValueError, OSError) as error:
         parser.exit(2, f"pipeline_schedules.py: {error}\n")
     print(f"max |bubble - formula| = {worst:.1e}: " + ("OK, below 1e-12" if worst < 1e-12 else "WRONG"))
 

@@ -91,8 +91,8 @@ class LossScale:
         if not self.dynamic:
             return
         self.good_steps = 0 if overflow else self.good_steps + 1
-        if overflow:
-            self.scale *= self.backoff
+        if overflow:  # not to 0, which nothing can be divided by
+            self.scale = max(self.scale * self.backoff, torch.finfo(torch.float32).tiny)
         elif self.good_steps == self.interval:
             self.good_steps = 0
             if self.scale * self.growth <= torch.finfo(torch.float32).max:
@@ -250,9 +250,10 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x8, s) with x ~ s x8: the largest |x| becomes the format's largest number, 448 of e4m3, 57344 of e5m2. s is a
-    scalar in fp32, 1 for a tensor of zeros. inf or NaN in x makes s, and so the product, inf or NaN."""
-    largest, top = x.detach().abs().max().float(), torch.finfo(dtype).max
-    scale = torch.where(largest > 0, largest / top, 1.0)
+    scalar in fp32, 1 for a tensor of zeros or of nothing. inf or NaN in x makes the product inf or NaN."""
+    largest = x.detach().abs().max().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    top, least = torch.finfo(dtype).max, torch.finfo(torch.float32).tiny  # a scale of 0 would make NaN of a 0
+    scale = torch.where(largest > 0, (largest / top).clamp(min=least), 1.0)
     return (x.float() / scale).clamp(-top, top).to(dtype), scale
 
 
@@ -325,26 +326,26 @@ def _train(trainer: MixedPrecision | None, model: nn.Module, steps: int, seed: i
 def main(steps: int, scale: float, seed: int, plot: str | None) -> None:
     if steps < 1 or not 0 <= seed < 2**62:
         raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^62 - 1, got {steps} and {seed}")
-    print(f"{'format':15}{'largest':>12}{'smallest':>12}{'1 + this > 1':>14}")
-    for name, dtype in FORMATS.items():
-        print(f"  {name:13}{torch.finfo(dtype).max:12.3g}{smallest(dtype):12.3g}{torch.finfo(dtype).eps:14.3g}")
-    print("what stays in fp32: relative error if computed in fp16, and in fp32 from the same fp16 inputs")
-    for name, half, full in stays_fp32(torch.Generator().manual_seed(seed)):
-        print(f"  {name:18}{half:10.1e}{full:10.1e}")
+    static = LossScale(scale, dynamic=False)
 
     def make() -> nn.Sequential:
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64))
 
     gradients = torch.cat([g.flatten() for g in _train(None, make(), 1, seed)[1]])
-    print(f"gradients of activations that are 0 in fp16: {lost(gradients, torch.float16):.1%} without a scale, "
-          f"{lost(gradients, torch.float16, scale):.2%} with {scale:g}; in bf16 {lost(gradients, torch.bfloat16):.2%}")
     if plot is not None:
         _plot(gradients, scale, plot)
-
+    print(f"{'format':15}{'largest':>12}{'smallest':>12}{'1 + this > 1':>14}")
+    for name, dtype in FORMATS.items():
+        print(f"  {name:13}{torch.finfo(dtype).max:12.3g}{smallest(dtype):12.3g}{torch.finfo(dtype).eps:14.3g}")
+    print("what stays in fp32: relative error if computed in fp16, and in fp32 from the same fp16 inputs")
+    for name, half, full in stays_fp32(torch.Generator().manual_seed(seed)):
+        print(f"  {name:18}{half:10.1e}{full:10.1e}")
+    print(f"gradients of activations that are 0 in fp16: {lost(gradients, torch.float16):.1%} without a scale, "
+          f"{lost(gradients, torch.float16, scale):.2%} with {scale:g}; in bf16 {lost(gradients, torch.bfloat16):.2%}")
     runs = {"fp32": (torch.float32, LossScale(1.0, False)), "bf16": (torch.bfloat16, None),
             "fp16, no scale": (torch.float16, LossScale(1.0, False)),
-            "fp16, static": (torch.float16, LossScale(scale, False)),
+            "fp16, static": (torch.float16, static),
             "fp16, dynamic": (torch.float16, LossScale(2.0**40, interval=50))}
     last = {}
     for name, (dtype, chosen) in runs.items():

@@ -10,6 +10,7 @@ Formula   P(y beats z | x) = sigma(r(x, y) - r(x, z))
           optimum of E[r] - beta KL(policy || reference):   policy = reference exp(r / beta) / Z
           DPO            -log sigma(beta h),   h = log (p/q)(chosen) - log (p/q)(rejected),  p policy, q reference
           smoothed       -(1 - e) log sigma(beta h) - e log sigma(-beta h): a label is wrong with probability e
+          DPO of K       Plackett and Luce's, of r = beta log (p/q): ``ranking_loss`` of ``implicit_reward``
           IPO            (h - 1 / (2 beta))^2: cannot be satisfied by ever larger h   (Azar et al. 2023, 2310.12036)
 Shapes    tokens (B, T) -> scores (B,);   log-probs of whole answers (N,) each -> scalar
 Omits     margins between grades, process rewards, length-controlled rewards, KTO and other losses without pairs.
@@ -20,8 +21,10 @@ Test      pytest tests/test_preference.py
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +40,17 @@ def shift_rows(x: Tensor, by: Tensor) -> Tensor:
     other: x (B, T), by (B,) -> (B, T)."""
     places = torch.arange(x.size(1), device=x.device) - by[:, None]  # (B, T)
     return x.gather(1, places % x.size(1))
+
+
+class ScoreHead(nn.Linear):
+    """x (..., D) -> (..., 1), through a language model's last norm.
+
+    The norm is not called but applied: a tensor-parallel one has a hook that prepares for a head cut over ranks, and
+    this head is whole. The head is called: ZeRO's hook on it gathers both.
+    """
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return super().forward(norm.forward(x))
 
 
 class RewardModel(nn.Module):
@@ -55,7 +69,7 @@ class RewardModel(nn.Module):
         super().__init__()
         D, like = model.config.d_model, next(model.parameters())
         self.model = model
-        self.score = nn.Linear(D, 1, device=like.device, dtype=like.dtype)
+        self.score = ScoreHead(D, 1, device=like.device, dtype=like.dtype)
         with torch.no_grad():  # drawn where the generator is: the same weights on every device
             where = like.device if generator is None else generator.device
             self.score.weight.copy_(torch.randn(1, D, generator=generator, device=where) / math.sqrt(D + 1))
@@ -71,8 +85,7 @@ class RewardModel(nn.Module):
         x = self.model.embed(tokens)  # (B, T, D)
         for block in self.model.blocks:
             x = block(x)
-        # .forward: a tensor-parallel norm has a hook that prepares for a head cut over ranks; this head is whole.
-        scores = self.score(self.model.norm.forward(x))[..., 0]  # (B, T)
+        scores = self.score(x, self.model.norm)[..., 0]  # (B, T)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return scores if padding is None else shift_rows(scores, padding)
 
@@ -126,6 +139,20 @@ def ranking_loss(scores: Tensor, count: float | Tensor | None = None) -> Tensor:
     scores = scores.masked_fill(~real, -1e30)  # finite: the gradient of logsumexp over nothing but -inf is NaN
     rest = scores.flip(1).logcumsumexp(1).flip(1)  # (N, K): log sum_{j >= k} exp r_j
     return _mean((rest - scores).where(real, 0).sum(1), count)
+
+
+def by_ranking(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Values of all answers of N rankings of these sizes, one ranking after the other, best first: (sum of sizes,) ->
+    (N, K), shorter rankings filled up with -inf: what ``ranking_loss`` takes."""
+    return nn.utils.rnn.pad_sequence(list(values.split(list(sizes))), batch_first=True, padding_value=-math.inf)
+
+
+def pairs_of(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Of every two answers in a ranking the better one's value and the other's: (sum of sizes,) -> (2, pairs)."""
+    starts = itertools.accumulate(sizes, initial=0)
+    pairs = [pair for first, size in zip(starts, sizes)
+             for pair in itertools.combinations(range(first, first + size), 2)]
+    return values[torch.tensor(pairs, dtype=torch.long, device=values.device).view(-1, 2).T]
 
 
 @dataclass

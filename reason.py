@@ -17,14 +17,17 @@ Shapes    prompts and responses: lists of ids, ragged -> tokens, mask (B, T), 1.
   3         self-training    2's own right answers, with general data, from base    600k + 200k samples
   4         diverse RL       checked answers, and a learned reward for the rest     helpfulness, harmlessness
 
-Measured  500 held-out chains of 6 operations, seed 0, one thread. Worked steps 0.968, direct answers 0.096 (greedy,
-          1.3M training tokens each). Base 0.170, length 6.4; after an example with reasoning 0.420, without 0.102.
-          Zero: 0.756, length 12.0. Cold start 0.476, after RL 0.730; another draw of both 0.586 and 0.852, there the
-          majority of 16 samples 0.946, one sample 0.841; phase 3 0.776 (from the base again, 75 steps), phase 4 0.766,
-          people's opinion of its general answers 0.04 -> 0.47. RL with a random reward: 0.074, and length 6.3: here it
-          does not grow of itself.
+Measured  500 held-out chains of 6 operations, one sample each, one thread, phase by phase (there, what
+          goes on after something was of every level). Base 0.218, length 6.9.
+          Zero 0.838, length 13.0. Cold start 0.666, after RL 0.878; there the majority of 16 samples 0.964, one
+          sample 0.864; phase 3 (from the base again, 87 steps) 0.912; phase 4 0.902, people's opinion of its general
+          answers 0.10 -> 0.46. RL with a random reward: 0.000, length 2.2: what nothing rewards is lost, and length
+          does not grow of itself. Worked steps, greedy: 1.000 (200 chains); direct answers stay near chance (0.096,
+          measured with 600 batches of 64). CPU seconds on one core under load: each study 43, base 15, 30 steps of
+          RL 17, phase 3 11, phase 4 with its reward model 16: about 200 in all.
 
-Omits     the language-consistency reward, a judge model in phase 3, distillation, levels that grow with the model.
+Omits     other tasks than chains, which is all that this model learns in minutes (puzzles.py makes harder ones);
+          the language-consistency reward, a judge model in phase 3, distillation, levels that grow with the model.
 Run       python reason.py                      all of it from random weights: minutes
           python reason.py --plot growth.png    length and accuracy under RL as a picture (needs matplotlib)
           python reason.py --save thinker.pt    keeps the model, for inference_scaling.py
@@ -130,7 +133,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, grou
 
 def learn_from_rows(model: nn.Module, rows: Callable[[int], Rows], steps: int, lr: float, group=None) -> int:
     """``steps`` of AdamW on the batches ``rows(step)``, after a warm-up, lr falling to 0; returns tokens trained on."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     seen, warm_up = 0, max(1, min(30, steps // 10))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warm_up, 1.0, 2 * (1 - step / steps))
@@ -197,31 +200,34 @@ def _share(count: int) -> int:
     return -(-count // dist.get_world_size()) if dist.is_initialized() else count
 
 
-def reinforce(policy: nn.Module, school, steps: int, seed: int, prompts: int = 24, G: int = 12, lr: float = 5e-4,
+def reinforce(policy: nn.Module, school, steps: int, seed: int, prompts: int = 16, G: int = 12, lr: float = 5e-4,
               is_random: bool = False, judge: Callable | None = None, general: float = 0.0) -> list[Growth]:
     """RL on the school's problems: 1 for a right answer and 0.2 for the form; ``is_random``: a coin instead, the
     control. ``judge``: (prompt, response) -> a learned reward, for the share ``general`` of prompts that no checker
     knows."""
     import rlhf
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     sample, grown, coin = school.sampler(policy, seed), [], torch.Generator().manual_seed(seed)
     prompts = _share(prompts)
     for step in range(steps):
-        problems = school.problems(prompts)
+        problems = school.lessons(prompts)
         asked = [school.prompt(puzzle.question) for puzzle in problems]
         others = round(general * prompts)
         asked[:others] = school.general(others)[0] if others else []
+        seen = others + prompts // 4  # a quarter goes on after something: what was never rewarded is unlearned
+        asked[others:seen] = [school.follow_up(puzzle) for puzzle in problems[others:seen]]
 
         def reward(i: int, response: Sequence[int]) -> float:
             if i < others:
                 return judge(asked[i], response)
             if is_random:
                 return float(torch.rand((), generator=coin) < 0.5)
-            return school.is_right(problems[i], response) + 0.2 * school.is_well_formed(response)
+            written = asked[i][school.before + school.asked:]  # of the answer, before a pause
+            return school.is_right(problems[i], response) + 0.2 * school.is_well_formed([*written, *response])
 
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 5)
         rewards, responses = grpo_step(policy, optimizer, asked, G, reward, sample, rlhf)
-        checked = range(others * G, len(responses))
+        checked = range(seen * G, len(responses))
         right = [school.is_right(problems[i // G], responses[i]) for i in checked]
         grown.append(Growth(rewards.mean().item(), sum(right) / max(1, len(right)),
                             sum(len(responses[i]) for i in checked) / max(1, len(right))))
@@ -265,8 +271,9 @@ def study(school, worked: bool, steps: int, seed: int) -> tuple[nn.Module, int]:
     from school import new_model
     model = new_model(school, seed)
     width = school.before + school.asked + 6  # of a row without steps
-    rows = 64 if worked else round(64 * (1 + (school.level + 1) / 2 / width))
-    return model, learn_from_rows(model, lambda step: school.rows(school.problems(_share(rows)), worked), steps, 3e-3)
+    written = 1 + 0.75 * school.level + 0.25 * (school.level + 1) / 2  # mean reasoning of a lesson
+    rows = 32 if worked else round(32 * (1 + written / width))
+    return model, learn_from_rows(model, lambda step: school.rows(school.lessons(_share(rows)), worked), steps, 3e-3)
 
 
 def pretrain_base(student: nn.Module, school, steps: int) -> nn.Module:
@@ -332,8 +339,8 @@ def main(level: int, steps: int, rl_steps: int, problems: int, seed: int, plot: 
                                    for dial, some in tested.items()}
         say(f"{'worked steps' if worked else 'direct answers'}, {tokens:,} training tokens: accuracy "
             + ", ".join(f"{each.accuracy:.3f} at level {dial}" for dial, each in found.items()))
-    base = pretrain_base(student, school, max(1, steps // 3))
-    show("base", base)
+    base = pretrain_base(student, school, max(1, steps // 6))
+    untrained = show("base", base)
     few = {reasoning: show(f"base, prompted {'with' if reasoning else 'without'} reasoning", base,
                            before=school.shot(reasoning)) for reasoning in (False, True)}
 
@@ -343,7 +350,7 @@ def main(level: int, steps: int, rl_steps: int, problems: int, seed: int, plot: 
     show("zero: RL without a cold start", zero)
     control = copy.deepcopy(base)
     grown["control: random reward"] = reinforce(control, school, rl_steps, seed + rank, is_random=True)
-    show("control: RL with a random reward", control)
+    random = show("control: RL with a random reward", control)
     policy = cold_start(base, school)
     cold = show("1 cold start", policy)
     grown["phase 2: RL after the cold start"] = reinforce(policy, school, rl_steps, seed + rank)
@@ -372,11 +379,13 @@ def main(level: int, steps: int, rl_steps: int, problems: int, seed: int, plot: 
         say(f"drawn: {plot}")
     gains = (by_kind[True][level].accuracy - by_kind[False][level].accuracy, reasoned.accuracy - cold.accuracy,
              voted - alone)
+    control_gain = random.accuracy - untrained.accuracy
     if rank == 0:
         print("points gained: chain of thought over direct {:.1f} (expected at least 20), RL over the cold start "
-              "{:.1f} (15), majority of 16 over one {:.1f} (5): {}".format(
-                  *(100 * gain for gain in gains),
-                  "OK" if all(gain >= least for gain, least in zip(gains, (0.20, 0.15, 0.05))) else "NOT as expected"))
+              "{:.1f} (15), majority of 16 over one {:.1f} (5), "
+              "a random reward over the base {:.1f} (under 5): {}".format(
+                  *(100 * gain for gain in gains), 100 * control_gain, "OK" if control_gain < 0.05 and all(
+                      gain >= least for gain, least in zip(gains, (0.20, 0.15, 0.05))) else "NOT as expected"))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -430,8 +439,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--level", type=int, default=6, help="operations of the hardest chains (default 6)")
-    parser.add_argument("--steps", type=int, default=600, help="of learning from worked steps (default 600)")
-    parser.add_argument("--rl_steps", type=int, default=40, help="of each reinforcement learning (default 40)")
+    parser.add_argument("--steps", type=int, default=700, help="of learning from worked steps (default 700)")
+    parser.add_argument("--rl_steps", type=int, default=30, help="of each reinforcement learning (default 30)")
     parser.add_argument("--problems", type=int, default=500, help="held-out problems of each level (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, problems and samples (default 0)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw growth under RL (needs matplotlib)")

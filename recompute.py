@@ -61,8 +61,10 @@ def naive_recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), with gradients for x and all parameters in the function, keeping x alone. x needs a gradient.
 
     ``torch.utils.checkpoint`` is the same for any arguments, devices and autocast; it needs no gradient of x, and fills
-    in what backward asks for instead of running a backward of its own.
+    in what backward asks for instead of running a backward of its own. ValueError if x needs none.
     """
+    if torch.is_grad_enabled() and not x.requires_grad:
+        raise ValueError("naive_recompute of an x without requires_grad: nothing in the function would get a gradient")
     return _Recompute.apply(x, function)
 
 
@@ -100,13 +102,15 @@ def values_kept(config, what: str, gated: bool) -> float:
 
     config: n_heads, n_kv_heads, d_model, d_ff. gated: Llama's layer (RMSNorm, SwiGLU), else GPT's (LayerNorm, GELU).
     """
-    D, inner = config.d_model, config.d_model
+    if what not in WAYS:
+        raise ValueError(f"what is one of {', '.join(WAYS)}, got {what!r}")
+    D = config.d_model
     keys = config.n_kv_heads * D // config.n_heads
     if what == "block":
         return D
     norms = 6 * D if gated else 4 * D  # what enters and leaves each; RMSNorm keeps x / rms(x), too
     hidden = 4 * config.d_ff if gated else 2 * config.d_ff  # gate, up, silu(gate) and their product; up, gelu(up)
-    attention = 2 * inner + 2 * keys if what == "none" else 0
+    attention = 2 * D + 2 * keys if what == "none" else 0
     return norms + attention + hidden
 
 

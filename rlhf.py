@@ -397,7 +397,8 @@ def ppo_targets(value: nn.Module, batch: Experience, config: PPOConfig,
 def ppo_update(policy: nn.Module, value: nn.Module, optimizer: torch.optim.Optimizer, batch: Experience,
                config: PPOConfig, generator: torch.Generator | None = None, reduce: Callable[[], None] = lambda: None,
                sum_over_ranks: Callable[[Tensor], Tensor] = lambda total: total, rows: tuple[int, int] | None = None,
-               losses: Callable[[Tensor, Tensor], Tensor] = token_losses) -> dict[str, float]:
+               losses: Callable[[Tensor, Tensor], Tensor] = token_losses,
+               clip: Callable[[float], Tensor] | None = None) -> dict[str, float]:
     """Learn from one batch of answers: epochs of shuffled minibatches, until KL(old || new) says enough.
 
     Several processes have answers of their own, any number each; all get the parameters and the statistics of one
@@ -408,10 +409,12 @@ def ppo_update(policy: nn.Module, value: nn.Module, optimizer: torch.optim.Optim
         optimizer: over the parameters of both.
         generator: shuffles; in the same state on every process.
         reduce: called after each backward, to sum gradients over processes: the ``finish`` of ONE
-            ``parallel.DataParallel(nn.ModuleList([policy, value]), reduction="sum")``.
+            ``parallel.DataParallel(nn.ModuleList([policy, value]), reduction="sum")``, or ``team.Trained``'s.
         sum_over_ranks: a tensor -> its sum over processes, on each.
         rows: (number of the first answer that is here, number of answers everywhere); None: all are here.
         losses: as of ``aligned_log_probs``.
+        clip: most -> the gradient's norm, which it has scaled down to ``most``; None: clip_grad_norm_ of the
+            optimizer's parameters. Where models are cut or divided, their own, such as ``zero.ZeRO.clip_grad_norm``.
 
     Returns, of the batch: "kl" to the reference (nats per answer), "score", "length", "truncated" (share), "entropy"
     (nats per token, an estimate), "explained_variance" of the returns by the critic; means over the steps made:
@@ -423,22 +426,24 @@ def ppo_update(policy: nn.Module, value: nn.Module, optimizer: torch.optim.Optim
     first, everywhere = rows or (0, len(batch.tokens))
     if config.minibatches > everywhere:
         raise ValueError(f"{everywhere} answers cannot be cut into {config.minibatches} minibatches")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if clip is None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        clip = lambda most: nn.utils.clip_grad_norm_(parameters, most)  # noqa: E731
     targets = ppo_targets(value, batch, config, sum_over_ranks)
     steps = []
     with evaluating(policy), evaluating(value):
         for part, count in _minibatches(batch.mask, config, generator, sum_over_ranks, first, everywhere):
-            loss, measured = 0.0, batch.log_probs.new_zeros(4)
-            if len(part):  # a process without an answer in this minibatch takes part in sums and step all the same
+            loss, measured = None, batch.log_probs.new_zeros(4)
+            if len(batch.tokens):  # a process that has no answers takes part in sums and step all the same
                 loss, measured = _ppo_minibatch(policy, value, batch, targets, part, count, config, losses)
             *seen, step_kl = sum_over_ranks(measured).tolist()
             if config.stop_kl is not None and step_kl > config.stop_kl:
                 break
             optimizer.zero_grad()
-            if len(part):
+            if loss is not None:
                 loss.backward()
             reduce()
-            steps.append([*seen, nn.utils.clip_grad_norm_(parameters, config.max_gradient).item()])
+            steps.append([*seen, clip(config.max_gradient).item()])
             optimizer.step()
     optimizer.zero_grad()
     means = torch.tensor(steps or [[math.nan] * 4]).mean(0).tolist()
@@ -460,9 +465,12 @@ def _minibatches(mask: Tensor, config: PPOConfig, generator: torch.Generator | N
 def _ppo_minibatch(policy: nn.Module, value: nn.Module, batch: Experience, targets: tuple[Tensor, ...],
                    part: Tensor, count: Tensor, config: PPOConfig, losses: Callable) -> tuple[Tensor, Tensor]:
     """(loss, what was measured: policy loss, value loss, share of ratios clipped, KL(old || new) per token)."""
+    counts = len(part) > 0
+    if not counts:  # one that does not count: where weights are gathered for each layer, all have to run through them
+        part = part.new_zeros(1)
     longest = int(last_place(batch.mask[part]).max()) + 1  # what all rows have behind it is padding
     tokens, mask, old, advantages, returns, values = (
-        x[part, :longest] for x in (batch.tokens, batch.mask, batch.log_probs, *targets))
+        x[part, :longest] for x in (batch.tokens, batch.mask * counts, batch.log_probs, *targets))
     padding = None if batch.padding is None else batch.padding[part]
     new = aligned_log_probs(policy, tokens, padding, config.temperature, losses)
     policy_loss = ppo_loss(new, old, advantages, mask, config.clip, count)

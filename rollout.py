@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,8 @@ def _checked(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens:
 @torch.no_grad()
 def naive_generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
                            temperature: float = 1.0, stop_tokens: Iterable[int] = (),
-                           uniforms: Tensor | None = None, generator: torch.Generator | None = None) -> Rollout:
+                           uniforms: Tensor | None = None, generator: torch.Generator | None = None,
+                           whole_logits: Callable[[Tensor], Tensor] = lambda logits: logits) -> Rollout:
     """``generate_rollout`` one prompt after the other, every token from the whole text before it."""
     _checked(model, prompts, max_new_tokens, temperature)
     uniforms = _uniforms(len(prompts), max_new_tokens, uniforms, generator)
@@ -92,7 +93,7 @@ def naive_generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], m
         for prompt, u in zip(prompts, uniforms):
             row, log_p = list(prompt), [0.0] * len(prompt)
             while (n := len(row) - len(prompt)) < max_new_tokens and len(row) < model.config.context:
-                logits = model(torch.tensor([row], device=device))[:, -1].float()  # (1, V)
+                logits = whole_logits(model(torch.tensor([row], device=device))[:, -1]).float()  # (1, V)
                 row.append(int(draw_tokens(logits, u[n:n + 1].to(device), temperature)))
                 log_p.append(logits.log_softmax(-1)[0, row[-1]].item())
                 if row[-1] in stop_tokens:
@@ -128,7 +129,8 @@ def _padded(rows: list[list[int]], log_probs: list[list[float]], starts: list[in
 @torch.no_grad()
 def generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
                      temperature: float = 1.0, stop_tokens: Iterable[int] = (), uniforms: Tensor | None = None,
-                     generator: torch.Generator | None = None, batch: int = 128) -> Rollout:
+                     generator: torch.Generator | None = None, batch: int = 128,
+                     whole_logits: Callable[[Tensor], Tensor] = lambda logits: logits) -> Rollout:
     """Answer every prompt, up to and with the first of ``stop_tokens``, ``max_new_tokens`` or the context's end.
 
     Args:
@@ -137,6 +139,9 @@ def generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new
         uniforms: (B, max_new_tokens) numbers in [0, 1), row b for answer b; None: drawn from the generator. The same
             numbers give the same answer in any batch (but where rounding turns a near tie), on any process.
         batch: prompts in the cache at a time, of like length, so that little of it is padding.
+        whole_logits: (B, Vp) as the model gives them -> (B, V); for a model cut over its vocabulary, what joins the
+            slices, on ranks that all have the same prompts and numbers. Weights in parts (ZeRO-3) must be gathered
+            outside, once: here a layer is asked for every token.
 
     Raises:
         ValueError: without prompts, or one that is empty, fills the context, or has ids outside the vocabulary.
@@ -150,14 +155,14 @@ def generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new
         for begin in range(0, len(order), batch):
             some = order[begin:begin + batch]
             for i, new, log_p in _answer(model, [rows[i] for i in some], uniforms[some], max_new_tokens, temperature,
-                                         stop_tokens):
+                                         stop_tokens, whole_logits):
                 rows[some[i]] += new
                 log_probs[some[i]] += log_p
     return _padded(rows, log_probs, [len(prompt) for prompt in prompts], stop_tokens, device)
 
 
 def _answer(model: nn.Module, prompts: list[list[int]], uniforms: Tensor, most: int, temperature: float,
-            stop_tokens: set[int]) -> Iterator[tuple[int, list[int], list[float]]]:
+            stop_tokens: set[int], whole_logits: Callable) -> Iterator[tuple[int, list[int], list[float]]]:
     """Yields (row, its new tokens, their log-probs), rows that were drawn longest last."""
     device, context, longest = uniforms.device, model.config.context, max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
@@ -178,7 +183,7 @@ def _answer(model: nn.Module, prompts: list[list[int]], uniforms: Tensor, most: 
         x = model.embed(tokens, start)  # (B, T, D), then (B, 1, D)
         for block, layer_cache in zip(model.blocks, cache.layers):
             x = block(x, start, layer_cache)
-        logits = model.head(x[:, -1:])[:, 0].float()  # (B, V): the head reads one position, not the prompt's
+        logits = whole_logits(model.head(x[:, -1:])[:, 0]).float()  # (B, V): of one position, not the prompt's
         new = draw_tokens(logits, uniforms[here, n], temperature)  # (B,)
         drawn[here, n] = new
         log_p[here, n] = logits.gather(1, new[:, None])[:, 0] - logits.logsumexp(1)

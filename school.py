@@ -4,7 +4,9 @@ Idea      A base model has read answers of every kind: with steps, without, afte
           reasoning training starts from is decided here: how often steps are met, and where they stand. A tiny model
           learns each position anew, so a prompt has two parts of fixed width: operation i and step i have one place
           each. A step is one token: with separators between steps the same model had learned nothing after 600 steps
-          of training, without them everything after 500 (0.2M parameters, batches of 64).
+          of training, without them everything after 500 (0.2M parameters, batches of 64). And a chain begins with its
+          first digit, so that every step is made of the one before and of one operation: greedy accuracy 0.82 after
+          450 steps of 32 rows, without that digit 0.15 after 600, the first step still at chance.
 Shapes    prompt = [an example or an earlier answer | blanks][question | blanks] =,  ``width`` ids for every problem;
           response = <think> steps </think><answer> a </answer><end>, at most ``longest`` ids
 Omits     other tasks than chains: puzzles.py makes them, their questions and steps need a larger model.
@@ -37,8 +39,8 @@ class School:
         self.generator = torch.Generator().manual_seed(seed)
         self.end, self.blank = puzzles.ids_of(puzzles.END)[0], puzzles.ids_of(" ")[0]
         self.separators = puzzles.ids_of("0123456789" + puzzles.WAIT + puzzles.END_THINK)  # every token ends a step
-        self.before, self.asked = max(10, level + 5), 2 * level + 2  # tokens of a prompt's two parts
-        self.longest = level + 7  # tokens of an answer with every step, and two to spare
+        self.before, self.asked = max(11, level + 6), 2 * level + 2  # tokens of a prompt's two parts
+        self.longest = level + 8  # tokens of an answer with every step, and two to spare
 
     def prompt(self, question: str, before: str = "") -> list[int]:
         """An example or an earlier answer (or nothing), then the question, each filled up with blanks to one width: a
@@ -57,19 +59,36 @@ class School:
         levels = torch.randint(1, self.level + 1, (count,), generator=self.generator).tolist()
         return [self.puzzles.make_puzzle("chain", level or some, self.generator, held_out) for some in levels]
 
+    def reasoning(self, puzzle) -> str:
+        """Running values from the first digit on. Without it the first step alone would have its two terms in the
+        question, and a model that had learned all the others was still at chance there."""
+        return "".join((puzzle.question[0], *puzzle.steps))
+
+    def follow_up(self, puzzle) -> list[int]:
+        """A prompt after something: an earlier answer (half of them), or thinking that goes on after a pause or two."""
+        waits = max(0, int(torch.randint(-1, 3, (), generator=self.generator)))
+        if not waits:
+            return self.prompt(puzzle.question, self.draft(puzzle))
+        said = self.puzzles.THINK + self.reasoning(puzzle) + self.puzzles.WAIT * waits
+        return self.prompt(puzzle.question) + self.puzzles.ids_of(said)
+
+    def lessons(self, count: int) -> list:
+        """Problems to learn from: three in four of the highest level, which show most steps in a row of tokens."""
+        return self.problems(count - count // 4, self.level) + self.problems(count // 4)
+
     def shot(self, reasoning: bool) -> str:
         """An example for a prompt, its answer with or without reasoning."""
         example = self.problems(1, 1)[0]
-        return example.question + example.solution(None if reasoning else "")
+        return example.question + example.solution(self.reasoning(example) if reasoning else "")
 
     def rows(self, problems: Sequence, worked: bool) -> Rows:
         """Right answers to problems, all with steps or all without."""
         return ([self.prompt(puzzle.question) for puzzle in problems],
-                [self.response(puzzle.solution("".join(puzzle.steps) if worked else "")) for puzzle in problems])
+                [self.response(puzzle.solution(self.reasoning(puzzle) if worked else "")) for puzzle in problems])
 
     def draft(self, puzzle) -> str:
         """An earlier answer, as they come: each step is wrong with probability 0.1, and what follows with it."""
-        off, steps = 0, []
+        off, steps = 0, [puzzle.question[0]]
         slips = torch.randint(1, 100, (len(puzzle.steps),), generator=self.generator).tolist()
         for step, slip in zip(puzzle.steps, slips):
             off += slip if slip < 10 else 0
@@ -78,17 +97,16 @@ class School:
 
     def corpus(self, count: int, worked: float = 0.3, plain: float = 0.2) -> Rows:
         """What is found in the world: answers with steps, without, and without even tags; some after an example, some
-        after an earlier answer to the same question, some with a pause to go on after."""
+        after an earlier answer to the same question, some with a pause or two before thinking ends."""
         prompts, responses = [], []
         draws = torch.rand(3, count, generator=self.generator).tolist()
         for puzzle, style, context, pause in zip(self.problems(count), *draws):
             has_steps, is_plain = style < worked, style > 1 - plain
             before = (self.shot(has_steps) if context < 0.25 and not is_plain
-                      else self.draft(puzzle) if context > 0.85 and has_steps else "")
-            reasoning = "".join(puzzle.steps) if has_steps else ""
-            if has_steps and pause < 0.1:
-                after = int(pause / 0.1 * puzzle.level)
-                reasoning = "".join(puzzle.steps[:after + 1]) + self.puzzles.WAIT + "".join(puzzle.steps[after + 1:])
+                      else self.draft(puzzle) if context > 0.7 and has_steps else "")
+            reasoning = self.reasoning(puzzle) if has_steps else ""
+            if has_steps and pause < 0.2:
+                reasoning += self.puzzles.WAIT * (1 + (pause < 0.1))
             prompts.append(self.prompt(puzzle.question, before))
             responses.append(self.response(puzzle.answer if is_plain else puzzle.solution(reasoning)))
         return prompts, responses

@@ -3,23 +3,30 @@
 Idea      Fine-tuning on answers, a reward model, PPO, GRPO and DPO differ in what a step learns from; all else is
           shared: each process's part of a batch, the sum of gradients, checkpoints, metrics. What a step draws depends
           on the seed and the step's number alone, so a run that was interrupted ends where an unbroken one does.
-Formula   loss of a step = sum over processes of (their rows' part of the mean over ALL rows or tokens): rlhf.py,
-          preference.py
-Shapes    a batch of B conversations: B / processes rows on each: tokens, mask, log-probs (B, T), scores (B,)
-          checkpoints: parts "model" and, of reward, "head", of ppo, "critic"; as train.py's otherwise
-Omits     bf16, policies cut over processes: each holds its models whole. Which stage follows which: alignment.py.
+Formula   loss of a step = sum over parts of the batch of (their rows' part of the mean over ALL rows or tokens):
+          rlhf.py, preference.py.   A ranking a > b > ... of answers to one question, Plackett-Luce:
+          reward: -log P(ranking) of scores;  DPO: of beta log (p/q), Rafailov et al. 2023 (2305.18290), A.3
+Shapes    a batch of B conversations, B / dp rows on each process: tokens, mask, log-probs (B, T), scores (B,);
+          processes = dp * tp: tp share every matrix and work on the same rows (tensor_parallel.py); dp divide
+          optimizer states, gradients, weights (zero.py). Answers are written on weights gathered once for all of them.
+          checkpoints: parts "model" and, of reward, "head", of ppo, "critic", under full names whatever the layout
+Omits     bf16, pipelines; ZeRO for what is not trained: reference and judge are cut by tp alone, and every model is
+          read whole before it is cut. Which stage follows which: alignment.py.
 Run       python stages.py    a tiny model is fine-tuned, interrupted, and goes on: 10 s
           Ends with "interrupted = unbroken: True ..."
 Test      pytest tests/test_stages.py
 """
 
 import argparse
+import contextlib
 import json
 import math
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +36,7 @@ import torch.nn as nn
 from torch import Tensor
 
 
-# --- 1. what all stages share ---------------------------------------------------------------
+# --- 1. the models --------------------------------------------------------------------------
 
 def load_policy(directory: str | Path, device: torch.device | str = "cpu"):
     """(model, encoding) of a run's directory, a checkpoint or a Hugging Face directory, ready to chat: the special
@@ -55,80 +62,133 @@ def load_reward_model(directory: str | Path, device: torch.device | str = "cpu")
     return reward.to(device).eval()
 
 
+def read_policy(team, directory: str | Path):
+    """``load_policy`` on all processes of a team.Team: each has its slice of the model."""
+    model, encoding = team.world.agree(lambda: load_policy(directory, team.world.device))
+    return team.cut(model), encoding
+
+
+def read_reward_model(team, directory: str | Path):
+    """``load_reward_model`` likewise."""
+    net = team.world.agree(lambda: load_reward_model(directory, team.world.device))
+    team.cut(net.model)
+    return net
+
+
+# --- 2. the loop ----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def noting_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
+    """Inside, Ctrl-C and a polite kill only fill the list that this yields; a second Ctrl-C interrupts."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # others cannot have handlers
+        yield received
+        return
+    moment = [0.0]
+
+    def note(number, frame):
+        if not received:
+            moment[0] = time.monotonic()
+            say("stopping after this step ... (Ctrl-C again: at once, without saving)")
+        elif number == signal.SIGINT and time.monotonic() - moment[0] > 2:  # sooner it is torchrun passing it on
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Stage:
     """One stage's loop: what is trained, its optimizer, checkpoints, metrics.
 
     Args:
         parts: name -> module; each is a part of the checkpoint. "model" is a language model of the contract.
         total: steps.
+        models: what is called and trained; None: the parts.
     """
 
-    def __init__(self, name: str, config, world, encoding, parts: dict[str, nn.Module], total: int, lr: float):
-        import parallel
-        self.name, self.config, self.world, self.encoding, self.parts = name, config, world, encoding, parts
-        self.total, self.lr, self.module = total, lr, nn.ModuleDict(parts)
-        self.dp = parallel.DataParallel(self.module, reduction="sum")
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1 if name == "sft" else 0.0},
-                  {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8 if name == "sft" else 1e-5,
-                                           fused=world.device.type in ("cpu", "cuda"))
+    def __init__(self, name: str, config, team, encoding, parts: dict[str, nn.Module], total: int, lr: float,
+                 models: Sequence[nn.Module] | None = None):
+        from team import Trained
+        self.name, self.config, self.team, self.encoding, self.parts = name, config, team, encoding, parts
+        self.world, self.total, self.lr = team.world, total, lr
+        decay, eps = (0.1, 1e-8) if name == "sft" else (0.0, 1e-5)
+        self.trained = Trained(
+            team, list(parts.values()) if models is None else models, parts,
+            lambda groups: torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps,
+                                             fused=self.world.device.type in ("cpu", "cuda")),
+            lambda name, p: {"weight_decay": decay if p.dim() >= 2 else 0.0})
         self.state: dict = {}  # numbers of the stage's own that a resumed run needs
 
-    def step(self, loss: Tensor | None) -> dict[str, float]:
-        """Backward through this process's part of the loss (None: it has none), sum over processes, one step."""
-        if loss is not None:
-            loss.backward()
-        self.dp.finish()
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_gradient or math.inf).item()
-        total = self.world.sum([0.0 if loss is None else loss.item()])[0]
-        if not (math.isfinite(norm) and math.isfinite(total)):
-            raise ValueError(f"{self.name}: loss {total} and gradient norm {norm} are not finite; a lower "
-                             f"--{self.name}_lr, or look at the data")
-        self.optimizer.step()
-        self.module.zero_grad()
+    def step(self, loss: Tensor) -> dict[str, float]:
+        """Backward through this part's share of the loss, sum over the parts, one step."""
+        loss.backward()
+        self.trained.finish()
+        norm = self.trained.clip(self.config.max_gradient or math.inf).item()
+        total = self.team.sum([loss.item()])[0]
+        self.check(total, norm)
+        self.trained.step()
+        self.trained.zero_grad()
         return {"loss": total, "gradient": norm}
 
+    def check(self, loss: float, norm: float) -> None:
+        """ValueError if the loss or the gradient's norm is not finite: nothing of this step is to be saved."""
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            raise ValueError(f"{self.name}: loss {loss} and gradient norm {norm} are not finite; a lower "
+                             f"--{self.name}_lr, or look at the data")
+
     def run(self, learn: Callable[[int], dict[str, float]]) -> None:
-        """``learn(step)`` for every step that is not done yet, with its learning rate set; saves and reports."""
+        """``learn(step)`` for every step that is not done yet, with its learning rate set; saves and reports.
+
+        Raises SystemExit, 128 + n, after signal n (Ctrl-C, a polite kill) on any process: the step in work is saved.
+        """
         c, world, folder = self.config, self.world, self.config.folder(self.name)
         first, lines = self._resume(), []
         every, began = c.save_every or max(1, self.total // 5), time.perf_counter()
-        self.module.train()
-        for step in range(first, self.total):
-            warm_up = max(1, self.total // 20)
-            lr = self.lr * min((step + 1) / warm_up, 1 - (step - warm_up) / (self.total - warm_up + 1) * 0.9)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            torch.manual_seed(hash((c.seed, step, world.rank)) % 2**63)  # dropout: a resumed run draws the same
-            line = {"step": step + 1, "lr": lr} | learn(step)
-            lines.append(line)
-            done, last = step + 1, step + 1 == self.total
-            if done == first + 1 or last or done % max(1, self.total // 8) == 0:
-                spent = time.perf_counter() - began
-                left = timedelta(seconds=round(spent / (done - first) * (self.total - done)))
-                shown = "  ".join(f"{key} {value:.3g}" for key, value in line.items() if key not in ("step", "lr"))
-                world.say(f"{self.name} {done:>5}/{self.total}  {shown}  ETA {left}")
-            if last or done % every == 0:
-                self._save(done, lines)
-                lines = []
+        for module in self.parts.values():
+            module.train()
+        with noting_signals(world.say) as received:
+            for step in range(first, self.total):
+                warm_up = max(1, self.total // 20)
+                lr = self.lr * min((step + 1) / warm_up, 1 - (step - warm_up) / (self.total - warm_up + 1) * 0.9)
+                for group in self.trained.param_groups:
+                    group["lr"] = lr
+                torch.manual_seed(hash((c.seed, step, self.team.part)) % 2**63)  # dropout: a resumed run draws the same
+                line = {"step": step + 1, "lr": lr} | learn(step)
+                lines.append(line)
+                done, last = step + 1, step + 1 == self.total
+                if done == first + 1 or last or done % max(1, self.total // 8) == 0:
+                    spent = time.perf_counter() - began
+                    left = timedelta(seconds=round(spent / (done - first) * (self.total - done)))
+                    shown = "  ".join(f"{key} {value:.3g}" for key, value in line.items() if key not in ("step", "lr"))
+                    world.say(f"{self.name} {done:>5}/{self.total}  {shown}  ETA {left}")
+                stops, number = world.sum([float(bool(received)), float((received or [0])[0])])
+                if last or stops or done % every == 0:
+                    self._save(done, lines)
+                    lines = []
+                if stops:
+                    world.say(f"{self.name}: stopped after step {done}, saved in {folder}; --resume goes on")
+                    raise SystemExit(128 + round(number / stops))
         if first < self.total:
             world.say(f"{self.name}: {self.total - first} steps in {time.perf_counter() - began:.0f} s, saved in "
                       f"{folder}")
 
     def _resume(self) -> int:
         import checkpoint
-        folder = self.config.folder(self.name)
-        if self.world.first(lambda: not any(folder.glob("step-*"))):
+        folder, world = self.config.folder(self.name), self.world
+        if world.first(lambda: not any(folder.glob("step-*"))):
             return 0
-        saved = self.world.agree(lambda: checkpoint.load(checkpoint.latest(folder), (*self.parts, "optimizer")))
-        names = {f"{part}.{name}": tensor for part in self.parts for name, tensor in saved[part].items()}
-        state = {"model": names, "optimizer": saved["optimizer"]}
-        self.world.agree(lambda: checkpoint.load_states(self.module, self.optimizer, state))
-        self.state = saved["meta"]["state"]
-        step = saved["meta"]["step"]
-        self.world.say(f"{self.name}: " + (f"going on from step {step}" if step < self.total else "done already")
-                       + f", in {folder}")
+        path = world.first(lambda: checkpoint.latest(folder))
+        states = world.agree(lambda: checkpoint.shapes(path))
+        meta = checkpoint.load_into(path, self.trained.tensors(states), world.everyone)
+        self.trained.refresh()
+        self.state, step = meta["state"], meta["step"]
+        world.say(f"{self.name}: " + (f"going on from step {step}" if step < self.total else "done already")
+                  + f", in {folder}")
         return step
 
     def _save(self, step: int, lines: list[dict]) -> None:
@@ -136,48 +196,41 @@ class Stage:
         import models
         import tokenizer
         folder, model = self.config.folder(self.name), self.parts["model"]
+        sizes = models.sizes_of(model)
+        kind = "moe" if "experts" in sizes else "gpt" if type(model).__name__ == "GPT" else "llama"
+        meta = {"model_type": kind, "model_config": sizes, "stage": self.name, "state": self.state,
+                "align_config": {key: str(value) for key, value in vars(self.config).items()},
+                "torch": torch.__version__}
+        checkpoint.save(folder, step, self.trained.tensors(), meta, keep=1, group=self.world.everyone,
+                        write_files=lambda place: tokenizer.save(self.encoding, place / "tokenizer.tiktoken"))
 
         def write() -> None:
-            sizes = models.sizes_of(model)
-            kind = "moe" if "experts" in sizes else "gpt" if type(model).__name__ == "GPT" else "llama"
-            meta = {"model_type": kind, "model_config": sizes, "stage": self.name, "state": self.state,
-                    "align_config": {key: str(value) for key, value in vars(self.config).items()},
-                    "torch": torch.__version__}
-            tensors = {part: {name: p.detach() for name, p in module.named_parameters()}
-                       for part, module in self.parts.items()}
-            tensors["optimizer"] = checkpoint.optimizer_state(self.module, self.optimizer)
-            checkpoint.save(folder, step, tensors, meta, keep=1, write_files=lambda place: tokenizer.save(
-                self.encoding, place / "tokenizer.tiktoken"))
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
         self.world.agree(write, here=self.world.rank == 0)
 
 
-def part_of(world, count: int) -> slice:
-    """This process's share of so many rows: as equal as can be, earlier rows on earlier processes."""
-    return slice(count * world.rank // world.size, count * (world.rank + 1) // world.size)
-
-
-def sample_answers(model: nn.Module, encoding, conversations: Sequence[list], config, world, draw: Sequence[int]):
-    """This process's share of sampled answers to conversations, as rollout.Rollout, and their texts. The numbers in
+def sample_answers(model: nn.Module, encoding, conversations: Sequence[list], config, team, draw: Sequence[int]):
+    """This part's share of sampled answers to conversations, as rollout.Rollout, and their texts. The numbers in
     ``draw`` seed the random numbers: row b draws the same on any number of processes."""
     import chat
     import rollout
-    if len(conversations) < world.size:
-        raise ValueError(f"{len(conversations)} answers are too few for {world.size} processes: a larger batch")
+    if len(conversations) < team.parts:
+        raise ValueError(f"{len(conversations)} answers are too few for {team.parts} processes: a larger batch")
     generator = torch.Generator().manual_seed(hash((config.seed, *draw)) % 2**63)
     uniforms = torch.rand(len(conversations), config.new_tokens, generator=generator)
-    mine = part_of(world, len(conversations))
+    mine = team.share(len(conversations))
     prompts = [chat.render_prompt(encoding, messages) for messages in conversations[mine]]
     found = rollout.generate_rollout(model, prompts, config.new_tokens, uniforms=uniforms[mine],
-                                     stop_tokens=[encoding.encode_single_token(chat.END)])
+                                     stop_tokens=[encoding.encode_single_token(chat.END)],
+                                     whole_logits=team.whole_logits(model))
     return found, [chat.answer_text(encoding, response) for response in found.responses()]
 
 
-# --- 2. the stages --------------------------------------------------------------------------
+# --- 3. the stages --------------------------------------------------------------------------
 #
-# Arguments of all: config, an alignment.AlignConfig; world, a processes.World; questions, an alignment.Questions;
+# Arguments of all: config, an alignment.AlignConfig; team, a team.Team; questions, an alignment.Questions;
 # pairs, of chat.Preference: (to learn from, held out); init and reward_model, directories to load from.
 
 def _epochs(lengths: Sequence[int], batch: int, seed: int) -> Callable[[int], list[int]]:
@@ -195,79 +248,86 @@ def _epochs(lengths: Sequence[int], batch: int, seed: int) -> Callable[[int], li
     return at
 
 
-def run_sft(config, world, questions, init: str) -> None:
+def run_sft(config, team, questions, init: str) -> None:
     """Supervised fine-tuning: -log P(answer | question), a mean over the answers' tokens of a step."""
     import chat
     import models
     import rlhf
-    model, encoding = world.agree(lambda: load_policy(init, world.device))
+    model, encoding = read_policy(team, init)
     context = model.config.context
-    examples = world.agree(lambda: [chat.fit_example(encoding, c.messages, context, c.where) for c in questions.train])
+    examples = team.world.agree(lambda: [chat.fit_example(encoding, c.messages, context, c.where)
+                                         for c in questions.train])
     at = _epochs([len(tokens) for tokens, _ in examples], config.sft_batch, config.seed)
     total = config.sft_epochs * max(1, len(examples) // config.sft_batch)
-    stage = Stage("sft", config, world, encoding, {"model": model}, total, config.sft_lr)
+    stage = Stage("sft", config, team, encoding, {"model": model}, total, config.sft_lr)
 
     def learn(step: int) -> dict[str, float]:
         batch = [examples[i] for i in at(step)]
         count = sum(sum(mask) for _, mask in batch)
-        mine = batch[world.rank::world.size]
-        if not mine:
-            return stage.step(None)
-        tokens, mask, _ = chat.pad(mine, world.device)
-        loss = rlhf.response_loss(rlhf.aligned_log_probs(model, tokens), mask, count)
-        return stage.step(loss + models.balancing_loss(model) * (len(mine) / len(batch)))
+        mine, counts = team.deal(batch)
+        tokens, mask, _ = chat.pad(mine, team.world.device)
+        loss = rlhf.response_loss(team.log_probs(model, tokens), mask, count)
+        return stage.step(counts * (loss + models.balancing_loss(model) * (len(mine) / len(batch))))
 
     stage.run(learn)
 
 
-def _fit_pairs(encoding, pairs: list, context: int) -> list:
+def _fit_rankings(team, encoding, pairs: list, context: int) -> list:
     import chat
-    return [chat.fit_pair(encoding, pair, context) for pair in pairs]
+    return team.world.agree(lambda: [chat.fit_pair(encoding, pair, context) for pair in pairs])
 
 
-def _both(pairs: Sequence, device) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs as one batch: first the chosen, then the rejected."""
+def _answers(rankings: Sequence, device) -> tuple[Tensor, Tensor, Tensor]:
+    """The answers of all rankings as one batch: chat.pad's."""
     import chat
-    return chat.pad([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)
+    return chat.pad([answer for ranking in rankings for answer in ranking], device)
 
 
-def run_reward(config, world, pairs: tuple[list, list], init: str) -> dict[str, float]:
-    """A reward model from pairs; centred so that the preferred and the rejected answers together score 0 on average.
-    Returns its accuracy and calibration on the pairs held out."""
+def _ranking_loss(scores: Tensor, rankings: Sequence, count: int) -> tuple[Tensor, float, float]:
+    """Of the scores of all answers of rankings: (preference.ranking_loss, pairs in the right order, pairs)."""
+    import preference
+    sizes = [len(ranking) for ranking in rankings]
+    better, worse = preference.pairs_of(scores.detach(), sizes)
+    loss = preference.ranking_loss(preference.by_ranking(scores, sizes), count)
+    return loss, (better > worse).sum().item(), len(better)
+
+
+def run_reward(config, team, pairs: tuple[list, list], init: str) -> dict[str, float]:
+    """A reward model from ranked answers, of which pairs are the shortest; centred so that all answers together score 0
+    on average. Returns its accuracy and calibration on all pairs of the rankings held out."""
     import preference
     import rlhf
-    model, encoding = world.agree(lambda: load_policy(init, world.device))
-    generator = torch.Generator().manual_seed(config.seed)
-    net = preference.RewardModel(model, generator).to(world.device)
-    train, held_out = world.agree(lambda: [_fit_pairs(encoding, side, model.config.context) for side in pairs])
-    at = _epochs([len(a[0]) + len(b[0]) for a, b in train], config.reward_batch, config.seed)
+    model, encoding = read_policy(team, init)
+    net = preference.RewardModel(model, torch.Generator().manual_seed(config.seed)).to(team.world.device)
+    train, held_out = (_fit_rankings(team, encoding, side, model.config.context) for side in pairs)
+    at = _epochs([sum(len(tokens) for tokens, _ in ranking) for ranking in train], config.reward_batch, config.seed)
     total = config.reward_epochs * max(1, len(train) // config.reward_batch)
-    stage = Stage("reward", config, world, encoding, {"model": model, "head": net.score}, total, config.reward_lr)
+    stage = Stage("reward", config, team, encoding, {"model": model, "head": net.score}, total, config.reward_lr, [net])
 
-    def score(some: Sequence) -> tuple[Tensor, Tensor]:
-        tokens, _, last = _both(some, world.device)
-        return net.scores(tokens, last).chunk(2)
+    def score(some: Sequence) -> Tensor:
+        tokens, _, last = _answers(some, team.world.device)
+        return net.scores(tokens, last)  # (answers,)
+
+    def judged(some: Sequence) -> Tensor:
+        with torch.no_grad(), rlhf.evaluating(net), stage.trained.gathered():
+            return torch.cat([score(some[i:i + 32]) for i in range(0, len(some), 32)])
 
     def learn(step: int) -> dict[str, float]:
         batch = [train[i] for i in at(step)]
-        mine, loss, right = batch[world.rank::world.size], None, 0
-        if mine:
-            chosen, rejected = score(mine)
-            loss, right = preference.reward_loss(chosen, rejected, len(batch)), (chosen > rejected).sum().item()
-        stats = stage.step(loss)
+        mine, counts = team.deal(batch)
+        loss, *right = _ranking_loss(score(mine), mine, len(batch))
+        stats = stage.step(counts * loss)
         if step + 1 == stage.total:
-            with torch.no_grad(), rlhf.evaluating(net):
-                some = [x for i in range(0, min(256, len(train)), 32) for x in score(train[i:min(i + 32, 256)])]
-                net.centre(torch.cat(some).mean())
-        return stats | {"accuracy": world.sum([float(right)])[0] / len(batch)}
+            stage.trained.add(net.score.bias, -judged(train[:256]).mean())
+        right, seen = team.sum([counts * x for x in right])
+        return stats | {"accuracy": right / seen}
 
     stage.run(learn)
-    with torch.no_grad(), rlhf.evaluating(net):
-        scores = [score(held_out[i:i + 64]) for i in range(0, len(held_out), 64)]
-    seen = preference.calibration(torch.cat([a for a, _ in scores]), torch.cat([b for _, b in scores]))
-    world.say(f"reward: {seen.accuracy:.1%} of {len(held_out)} held-out pairs in the right order, calibration error "
-              f"{seen.error:.3f}")
-    return {"accuracy": seen.accuracy, "pairs": len(held_out), "calibration_error": seen.error}
+    seen = preference.calibration(*preference.pairs_of(judged(held_out), [len(ranking) for ranking in held_out]))
+    count = int(seen.pairs.sum())
+    team.world.say(f"reward: {seen.accuracy:.1%} of {count} held-out pairs in the right order, calibration error "
+                   f"{seen.error:.3f}")
+    return {"accuracy": seen.accuracy, "pairs": count, "calibration_error": seen.error}
 
 
 def scores_of(net, found) -> Tensor:
@@ -276,23 +336,11 @@ def scores_of(net, found) -> Tensor:
         return net.scores(found.tokens, found.lengths - 1)
 
 
-def answer_log_probs(model: nn.Module, found) -> Tensor:
+def answer_log_probs(model: nn.Module, found, team) -> Tensor:
     """Log-probs of answers under a model, 0 outside them: (B, T)."""
     import rlhf
     with torch.no_grad(), rlhf.evaluating(model):
-        return rlhf.aligned_log_probs(model, found.tokens) * found.mask
-
-
-def _sum_over_ranks(world) -> Callable[[Tensor], Tensor]:
-    import torch.distributed as dist
-
-    def total(x: Tensor) -> Tensor:
-        x = x.clone()
-        if world.size > 1:
-            dist.all_reduce(x)
-        return x
-
-    return total
+        return team.log_probs(model, found.tokens) * found.mask
 
 
 def prompts_of(questions, pairs: tuple[list, list], encoding, context: int) -> tuple[list, list]:
@@ -305,28 +353,32 @@ def prompts_of(questions, pairs: tuple[list, list], encoding, context: int) -> t
     return tuple([m for m in side if len(chat.render_prompt(encoding, m)) < context] for side in sides)
 
 
-def run_ppo(config, world, questions, pairs: tuple[list, list], init: str, reward_model: str) -> None:
+def run_ppo(config, team, questions, pairs: tuple[list, list], init: str, reward_model: str) -> None:
     """PPO against the reward model, whose copy is the critic's start; the fine-tuned model is the reference."""
     import rlhf
-    (model, encoding), (reference, _) = (world.agree(lambda: load_policy(init, world.device)) for _ in range(2))
-    judge, critic = (world.agree(lambda: load_reward_model(reward_model, world.device)) for _ in range(2))
+    (model, encoding), (reference, _) = read_policy(team, init), read_policy(team, init)
+    judge, critic = read_reward_model(team, reward_model), read_reward_model(team, reward_model)
     prompts, _ = prompts_of(questions, pairs, encoding, model.config.context)
     at = _epochs([1] * len(prompts), config.ppo_batch, config.seed)
-    stage = Stage("ppo", config, world, encoding, {"model": model, "critic": critic}, config.ppo_steps, config.ppo_lr)
-    total = _sum_over_ranks(world)
+    stage = Stage("ppo", config, team, encoding, {"model": model, "critic": critic}, config.ppo_steps, config.ppo_lr)
 
     def learn(step: int) -> dict[str, float]:
         asked = [prompts[i] for i in at(step)]
-        found, _ = sample_answers(model, encoding, asked, config, world, (2, step))
-        experience = rlhf.Experience(found.tokens, found.mask, found.log_probs, answer_log_probs(reference, found),
-                                     scores_of(judge, found), found.terminated)
+        with stage.trained.gathered():  # once, not for every token
+            found, _ = sample_answers(model, encoding, asked, config, team, (2, step))
+        experience = rlhf.Experience(found.tokens, found.mask, found.log_probs,
+                                     answer_log_probs(reference, found, team), scores_of(judge, found),
+                                     found.terminated)
         coefficient = stage.state.get("kl_coefficient", config.ppo_kl)
         settings = rlhf.PPOConfig(kl_coefficient=coefficient, epochs=config.ppo_epochs,
                                   minibatches=min(config.ppo_minibatches, len(asked)),
                                   max_gradient=config.max_gradient or math.inf)
         generator = torch.Generator().manual_seed(hash((config.seed, 3, step)) % 2**63)
-        stats = rlhf.ppo_update(model, critic, stage.optimizer, experience, settings, generator, stage.dp.finish, total,
-                                (part_of(world, len(asked)).start, len(asked)))
+        stats = rlhf.ppo_update(model, critic, stage.trained, experience, settings, generator, stage.trained.finish,
+                                team.total, (team.share(len(asked)).start, len(asked)), team.losses(model),
+                                stage.trained.clip)
+        if stats["steps"]:
+            stage.check(stats["policy_loss"] + stats["value_loss"], stats["gradient"])
         if config.ppo_kl_target and coefficient:
             adaptive = rlhf.AdaptiveKL(coefficient, config.ppo_kl_target, 10 * config.ppo_batch)
             stage.state = {"kl_coefficient": adaptive.update(stats["kl"], len(asked))}
@@ -336,70 +388,73 @@ def run_ppo(config, world, questions, pairs: tuple[list, list], init: str, rewar
     stage.run(learn)
 
 
-def run_grpo(config, world, questions, pairs: tuple[list, list], init: str, reward_model: str) -> None:
+def run_grpo(config, team, questions, pairs: tuple[list, list], init: str, reward_model: str) -> None:
     """GRPO against the reward model: several answers to each question, each against the others' mean; no critic."""
     import rlhf
-    (model, encoding), (reference, _) = (world.agree(lambda: load_policy(init, world.device)) for _ in range(2))
-    judge = world.agree(lambda: load_reward_model(reward_model, world.device))
+    (model, encoding), (reference, _) = read_policy(team, init), read_policy(team, init)
+    judge = read_reward_model(team, reward_model)
     prompts, _ = prompts_of(questions, pairs, encoding, model.config.context)
     G, B = config.grpo_group, config.grpo_batch
     at = _epochs([1] * len(prompts), B // G, config.seed)
-    stage = Stage("grpo", config, world, encoding, {"model": model}, config.grpo_steps, config.grpo_lr)
+    stage = Stage("grpo", config, team, encoding, {"model": model}, config.grpo_steps, config.grpo_lr)
 
     def learn(step: int) -> dict[str, float]:
         asked = [prompts[i] for i in at(step) for _ in range(G)]
-        found, _ = sample_answers(model, encoding, asked, config, world, (4, step))
+        with stage.trained.gathered():  # once, not for every token
+            found, _ = sample_answers(model, encoding, asked, config, team, (4, step))
         scores = scores_of(judge, found)
-        everywhere = torch.cat([x.to(world.device) for x in world.gather(scores.cpu())])  # groups may lie across ranks
-        advantages = rlhf.group_advantages(everywhere.view(-1, G)).flatten()[part_of(world, len(asked))]
-        under_reference, mask = answer_log_probs(reference, found), found.mask
+        everywhere = torch.cat([x.to(scores) for x in team.gather(scores.cpu())])  # groups may lie across processes
+        advantages = rlhf.group_advantages(everywhere.view(-1, G)).flatten()[team.share(len(asked))]
+        under_reference, mask = answer_log_probs(reference, found, team), found.mask
         with rlhf.evaluating(model):
-            new = rlhf.aligned_log_probs(model, found.tokens) * mask
+            new = team.log_probs(model, found.tokens) * mask
         # One step per batch: the policy that answered is the policy that learns, so every ratio is 1.
         loss = rlhf.grpo_loss(new, new.detach(), under_reference, advantages, mask, kl=config.grpo_kl, count=len(asked))
-        kl, length = world.sum([((new - under_reference) * mask).sum().item(), mask.sum().item()])
+        kl, length = team.sum([((new - under_reference) * mask).sum().item(), mask.sum().item()])
         means = {"score": everywhere.mean().item(), "kl": kl / len(asked), "length": length / len(asked)}
         return stage.step(loss) | means
 
     stage.run(learn)
 
 
-def run_dpo(config, world, pairs: tuple[list, list], init: str) -> None:
-    """DPO from the pairs alone; the reference's log-probs are computed once, before the first step."""
+def run_dpo(config, team, pairs: tuple[list, list], init: str) -> None:
+    """DPO from ranked answers alone (of pairs it is preference.dpo_loss); the reference's log-probs are computed once,
+    before the first step."""
     import preference
     import rlhf
-    model, encoding = world.agree(lambda: load_policy(init, world.device))
-    train = world.agree(lambda: _fit_pairs(encoding, pairs[0], model.config.context))
-    at = _epochs([len(a[0]) + len(b[0]) for a, b in train], config.dpo_batch, config.seed)
+    model, encoding = read_policy(team, init)
+    train = _fit_rankings(team, encoding, pairs[0], model.config.context)
+    at = _epochs([sum(len(tokens) for tokens, _ in ranking) for ranking in train], config.dpo_batch, config.seed)
     total = config.dpo_epochs * max(1, len(train) // config.dpo_batch)
-    stage = Stage("dpo", config, world, encoding, {"model": model}, total, config.dpo_lr)
+    stage = Stage("dpo", config, team, encoding, {"model": model}, total, config.dpo_lr)
 
     def of_answers(some: Sequence) -> Tensor:
-        tokens, mask, _ = _both(some, world.device)
-        return (rlhf.aligned_log_probs(model, tokens) * mask).sum(1)  # (2 N,)
+        tokens, mask, _ = _answers(some, team.world.device)
+        return (team.log_probs(model, tokens) * mask).sum(1)  # (answers,)
 
-    def by_reference() -> Tensor:
-        mine = range(len(train))[part_of(world, len(train))]
-        with torch.no_grad(), rlhf.evaluating(model):
-            parts = [of_answers([train[i] for i in mine[k:k + 32]]).view(2, -1).cpu() for k in range(0, len(mine), 32)]
-        everywhere = world.gather(torch.cat([torch.zeros(2, 0), *parts], 1))
-        return torch.cat(everywhere, 1).to(world.device)  # (2, N)
+    def by_reference() -> Sequence[Tensor]:
+        mine = train[team.share(len(train))]
+        with torch.no_grad(), rlhf.evaluating(model), stage.trained.gathered():
+            parts = [of_answers(mine[i:i + 32]).cpu() for i in range(0, len(mine), 32)]
+        everywhere = torch.cat(team.gather(torch.cat([torch.zeros(0), *parts])))  # in the order of train
+        return everywhere.to(team.world.device).split([len(ranking) for ranking in train])
 
     reference = by_reference()
 
     def learn(step: int) -> dict[str, float]:
         batch = at(step)
-        mine, loss, right = batch[world.rank::world.size], None, 0
-        if mine:
-            chosen, rejected = of_answers([train[i] for i in mine]).chunk(2)
-            loss = preference.dpo_loss(chosen, rejected, *reference[:, mine], config.dpo_beta, count=len(batch))
-            right = (chosen - rejected > reference[0, mine] - reference[1, mine]).sum().item()
-        return stage.step(loss) | {"accuracy": world.sum([float(right)])[0] / len(batch)}
+        mine, counts = team.deal(batch)  # numbers of rankings
+        rankings = [train[i] for i in mine]
+        implicit = preference.implicit_reward(of_answers(rankings), torch.cat([reference[i] for i in mine]),
+                                              config.dpo_beta)
+        loss, *right = _ranking_loss(implicit, rankings, len(batch))
+        right, seen = team.sum([counts * x for x in right])
+        return stage.step(counts * loss) | {"accuracy": right / seen}
 
     stage.run(learn)
 
 
-# --- 3. demo --------------------------------------------------------------------------------
+# --- 4. demo --------------------------------------------------------------------------------
 
 @dataclass
 class _Settings:
@@ -417,6 +472,7 @@ def main(steps: int, seed: int) -> None:
         raise ValueError(f"--steps must be at least 3 and --seed in 0 .. 2^31 - 1, got {steps} and {seed}")
     import gpt
     import processes
+    import team
     import tokenizer
     encoding = tokenizer.train(["the quick brown fox"], 257)
 
@@ -425,7 +481,7 @@ def main(steps: int, seed: int) -> None:
         sizes = gpt.GPTConfig(257, 32, 2, 2, 32, dropout=0.1)
         model = gpt.GPT(sizes, generator=torch.Generator().manual_seed(seed))
         texts = torch.randint(257, (steps, 4, 33), generator=torch.Generator().manual_seed(seed))
-        stage = Stage("sft", config, processes.World(), encoding, {"model": model}, steps, 1e-3)
+        stage = Stage("sft", config, team.Team(processes.World()), encoding, {"model": model}, steps, 1e-3)
 
         def learn(step: int) -> dict[str, float]:
             if step == stop:

@@ -51,6 +51,7 @@ import layout
 import models
 import precision
 import recompute
+import stages
 import tokenizer
 from config import (FIXED_BY_CHECKPOINT, OF_THE_MACHINE, ConfigError, TrainConfig, derive, parse,
                     refuse_meaningless)
@@ -179,7 +180,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, model: nn.Module, world: World, initialise: Callable | None = None):
         self.config, self.world, self.model_sizes = config, world, models.sizes_of(model)
         # Saving goes on beside training: its messages must not meet those of a step.
-        self.saving_group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world.size > 1 else None
+        self.saving_group = None
+        if world.size > 1:
+            self.saving_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
         device, dtype = world.device.type, {"fp16": torch.float16}.get(config.precision, torch.bfloat16)
         half = config.precision == "bf16" and device == "cpu"
         # fp16 has no room for small gradients: the loss is multiplied by a scale, they are divided by it again.
@@ -397,22 +400,19 @@ def run(settings: TrainConfig, given: set[str]) -> None:
               f"{progress.peak / 1e12:.3g} TFLOP/s; expect a first loss of about ln V = "
               f"{math.log(corpus.encoding.n_vocab):.3f}")
 
-    received = _note_signals(world)
     saving: list[checkpoint.Saving] = []  # what is being written beside training
-    try:
-        loss = _train(trainer, settings, corpus, progress, first, received, saving)
-    finally:  # whatever ended it
-        for one in saving:
-            one.join()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    with stages.noting_signals(world.say) as received:
+        try:
+            loss = _train(trainer, settings, corpus, progress, first, received, saving)
+        finally:  # whatever ended it
+            for one in saving:
+                one.join()
     _finish(trainer, corpus, loss)
     if c.stage == "all":
         del trainer, progress, corpus
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         world.say("--- from the base model to one that answers ---")
         alignment.run_stages(alignment.AlignConfig(
-            init=c.out, out=str(_home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout,
+            init=c.out, out=str(_home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout, tp=c.tp, zero=c.zero,
             resume=resumed is not None, overwrite=resumed is None and settings.overwrite), world)
 
 
@@ -487,24 +487,6 @@ def _git_revision() -> str | None:
     with contextlib.suppress(OSError):  # no git
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def _note_signals(world: World) -> list[int]:
-    """From now on Ctrl-C and a polite kill only fill the list that this returns; the loop looks at it."""
-    received: list[int] = []
-    moment = [0.0]
-
-    def note(number, frame):
-        if not received:
-            moment[0] = time.monotonic()
-            world.say("stopping after this step ... (Ctrl-C again: at once, without saving)")
-        elif number == signal.SIGINT and time.monotonic() - moment[0] > 2:  # sooner it is torchrun passing it on
-            raise KeyboardInterrupt
-        received.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return received
 
 
 class Progress:

@@ -5,7 +5,8 @@
     python bench/zero.py --only time      one part: time, memory, bytes, scaling
 
 time     a whole training step (forward, backward, what is sent, AdamW) of a GPT of 34M parameters; every round times each
-         in turn in the same processes; ratios are those of medians over the rounds
+         in turn in the same processes, beginning with another one; ratios are medians of those within a round. Beside
+         it the CPU's time, of all threads: what others on the machine take does not count there, nor does waiting
 memory   most memory that a process had resident in three steps, above what it had before the model was made; each in
          processes of its own
 bytes    sent in a step per stage, counted, beside 2, 2, 2 and 3 (P-1)/P times the parameters' bytes
@@ -81,29 +82,36 @@ def step_of(name, model, tokens, group=None):
     return theirs
 
 
-def medians(runs, rounds, steps=1):
-    """Seconds of one call, by name; every rank calls, rank 0's clock counts."""
-    times = {name: [] for name in runs}
+def measure(runs, rounds):
+    """Seconds of one call by a clock, and of this process' CPU, by name, a list over the rounds; every rank calls."""
+    clock, cpu = {name: [] for name in runs}, {name: [] for name in runs}
+    names = list(runs)
     for run in runs.values():
         run()
-    for _ in range(rounds):
-        for name, run in runs.items():
+    for i in range(rounds):
+        for name in names[i % len(names):] + names[:i % len(names)]:
             dist.barrier()
-            began = time.perf_counter()
-            for _ in range(steps):
-                run()
-            times[name].append((time.perf_counter() - began) / steps)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+            began, spent = time.perf_counter(), time.process_time()
+            runs[name]()
+            cpu[name].append(time.process_time() - spent)
+            clock[name].append(time.perf_counter() - began)
+    return clock, cpu
+
+
+def ratio(times, name, other):
+    """The median, over the rounds, of one's time over the other's in the same round."""
+    return statistics.median(mine / theirs for mine, theirs in zip(times[name], times[other]))
 
 
 def bench_time(rounds, only):
     model, tokens = make()
-    found = medians({name: step_of(name, copy.deepcopy(model), tokens) for name in NAMES}, rounds)
+    clock, cpu = measure({name: step_of(name, copy.deepcopy(model), tokens) for name in NAMES}, rounds)
     say(f"time     GPT of {count_parameters(model.config):,} parameters in fp32, {len(tokens)} x 64 tokens a process, "
         f"{dist.get_world_size()} processes")
-    for name, seconds in found.items():
-        say(f"  {name:12} {1e3 * seconds:7.0f} ms   / DDP's {seconds / found['DDP']:.2f}   "
-            f"/ fully_shard's {seconds / found['fully_shard']:.2f}")
+    for name in NAMES:
+        say(f"  {name:12} {1e3 * statistics.median(clock[name]):7.0f} ms   / DDP's {ratio(clock, name, 'DDP'):.2f}   "
+            f"/ fully_shard's {ratio(clock, name, 'fully_shard'):.2f}       CPU {1e3 * statistics.median(cpu[name]):7.0f} ms   "
+            f"/ DDP's {ratio(cpu, name, 'DDP'):.2f}   / fully_shard's {ratio(cpu, name, 'fully_shard'):.2f}")
 
 
 def resident(field):
@@ -144,7 +152,8 @@ def bench_bytes(rounds, only):
 
 def bench_scaling(rounds, only):
     model, tokens = make()
-    found = medians({name: step_of(name, copy.deepcopy(model), tokens) for name in ("stage 1", "stage 3")}, rounds)
+    clock, _ = measure({name: step_of(name, copy.deepcopy(model), tokens) for name in ("stage 1", "stage 3")}, rounds)
+    found = {name: statistics.median(seconds) for name, seconds in clock.items()}
     P = dist.get_world_size()
     say(f"scaling  {P} processes   " + "   ".join(f"{name} {1e3 * s:6.0f} ms, {P * tokens[:, 1:].numel() / s:6.0f} tokens/s"
                                                   for name, s in found.items()))
@@ -161,7 +170,7 @@ def main(rank, P, options, part, name, rendezvous):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, help="one part (default all)")
-    parser.add_argument("--rounds", type=int, default=5, help="of every measurement (default 5)")
+    parser.add_argument("--rounds", type=int, default=6, help="of every measurement (default 6)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
     options = parser.parse_args()
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \

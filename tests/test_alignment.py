@@ -211,6 +211,7 @@ def test_each_setting_changes_what_its_stage_learns(base, done, tmp_path, monkey
 @pytest.mark.parametrize("settings, message", [
     (dict(stages="sft,dop"), "--stages=sft,dop: choose from sft,reward,ppo,dpo,grpo"), (dict(stages=","), "choose from"),
     (dict(sft_lr=float("nan")), "--sft_lr must be"), (dict(pairs=1), "--pairs must be a number of at least 2"),
+    (dict(zero=4), "--zero must be a number of at least 0 and at most 3, got 4"),
     (dict(grpo_batch=9), "--grpo_batch=9 is no multiple of --grpo_group=4"), (dict(held_out=1.0), "--held_out must be below 1"),
     (dict(resume=True, overwrite=True), "give one of them")])
 def test_settings_that_cannot_be_are_refused(base, tmp_path, settings, message):
@@ -220,6 +221,8 @@ def test_settings_that_cannot_be_are_refused(base, tmp_path, settings, message):
 
 def test_what_is_missing_is_refused_before_work_begins(base, tmp_path):
     world = processes.World()
+    with pytest.raises(ValueError, match="--tp=2 does not divide 1 processes: start a multiple of 2 by torchrun"):
+        run_stages(config(base, tmp_path, tp=2), world)
     with pytest.raises(ValueError, match="holds no reward model: run the stage reward before"):
         run_stages(config(base, tmp_path, stages="ppo"), world)
     with pytest.raises(ValueError, match="none: no such directory"):

@@ -9,7 +9,7 @@ import torch
 import chat
 from chat import (END, Conversation, Preference, answer_text, ask, batches, extend, fit_example, fit_pair, pad,
                   read_conversations, read_preferences, render, render_prompt, resize_vocabulary, split_conversations)
-from conftest import run_program
+from run_here import run_here
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
 
@@ -210,8 +210,8 @@ def test_files_that_are_missing_or_empty_are_refused(tmp_path):
 
 def test_program_checks_a_file_and_says_in_one_line_what_is_wrong(tmp_path):
     good = file_of(tmp_path, *({"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(3)))
-    found = run_program(["chat.py", "--data", str(good), "--vocab_size", "260"])
+    found = run_here(["chat.py", "--data", str(good), "--vocab_size", "260"])
     assert found.returncode == 0 and "packed = alone: True" in found.stdout and "3 preferences" in found.stdout
     for flags, message in ((["--data", str(file_of(tmp_path, "{"))], "line 1: not JSON"), (["--vocab_size", "3"], "at least 257")):
-        found = run_program(["chat.py", *flags])
+        found = run_here(["chat.py", *flags])
         assert found.returncode == 2 and message in found.stderr and found.stderr.count("\n") == 1

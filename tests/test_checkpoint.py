@@ -1,14 +1,16 @@
 """Checkpoints: what is saved comes back, whatever is killed, cut, flipped, full or foreign."""
 
+import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
 import resource
 import runpy
 import shutil
-import subprocess
+import signal
 import sys
-import time
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import torch
 import torch.nn as nn
 
 import checkpoint
+import models
+import pieces
 from checkpoint import CheckpointError, latest, load, load_states, optimizer_state, save
 
 
@@ -221,27 +225,55 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         save(tmp_path / "file", 1, {"model": {}, "optimizer": {}}, {})
 
 
-def test_demo_ends_on_its_verdict_killed_at_random_moments_the_last_checkpoint_is_whole(capsys):
-    checkpoint.main(kills=2, seed=0)
-    lines = capsys.readouterr().out.splitlines()
-    assert "one bit flipped" in lines[1] and "damaged" in lines[1]
-    assert lines[-1] == "whole after a kill: 2 of 2 (expected 2 of 2)"
-
-
-def test_the_process_that_the_demo_kills_ends_when_the_demo_is_killed(tmp_path):
+def test_the_process_that_the_demo_kills_ends_when_the_demo_is_killed(tmp_path, monkeypatch):
     save(tmp_path, 0, {"model": {}, "optimizer": {}}, {})
-    code = ("import subprocess, sys; child = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=-1);"
-            "child.stdout.readline(); print(child.pid)")  # and exits
-    demo = subprocess.run([sys.executable, "-c", code, checkpoint.__file__, "--save_for_ever", str(tmp_path)],
-                          stdout=subprocess.PIPE, text=True, timeout=60)
-    deadline, runs = time.monotonic() + 10, True
-    while runs and time.monotonic() < deadline:
-        time.sleep(0.05)
-        try:
-            os.kill(int(demo.stdout), 0)
-        except ProcessLookupError:
-            runs = False
-    assert not runs
+    parents = iter([7, 7, 7, 1])  # process 1 inherits what is left by one that died
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    here, there = multiprocessing.Pipe(duplex=False)
+    checkpoint._save_for_ever(str(tmp_path), there)
+    assert here.recv() == "" and latest(tmp_path).name == "step-00000002"
+
+
+def test_export_of_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    model = models.build("gpt", {"vocab_size": 5, "context": 4, "n_layers": 1, "n_heads": 1, "d_model": 4})
+    meta = {"model_type": "gpt", "model_config": dataclasses.asdict(model.config)}
+    save(tmp_path, 1, {"model": dict(model.named_parameters())}, meta)
+    (tmp_path / "file").write_text("")
+    for to, message in (("file", "file"), ("hf", "tokenizer.tiktoken")):
+        monkeypatch.setattr(sys, "argv", ["checkpoint.py", "--export", str(tmp_path), "--to", str(tmp_path / to)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(checkpoint.__file__, run_name="__main__")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("checkpoint.py: ")
+
+
+def test_meta_that_is_not_for_json_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save(tmp_path, 1, {"model": {}}, {"what": {1, 2}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_beside_raises_what_save_raises_and_keeps_what_was_there_when_it_began(tmp_path):
+    weight = torch.ones(3)
+    saving = checkpoint.Saving(tmp_path, 1, {"model": {"w": weight}}, {})
+    weight.zero_()
+    assert saving.wait() == tmp_path / "step-00000001" and not saving.failed
+    assert load(tmp_path / "step-00000001", ("model",))["model"]["w"].tolist() == [1, 1, 1]
+    (tmp_path / "file").write_text("")
+    saving = checkpoint.Saving(tmp_path / "file", 1, {"model": {"w": weight}}, {})
+    saving.join()
+    assert saving.failed
+    with pytest.raises(CheckpointError, match="could not save"):
+        saving.wait()
+
+
+def test_starting_without_a_checkpoint_imports_no_torch_distributed_checkpoint():
+    """It takes a second, which the start of every program would pay. A module knows what it imported."""
+    for module in (checkpoint, pieces):
+        names = {value.__name__ for value in vars(module).values() if isinstance(value, types.ModuleType)}
+        names |= {getattr(value, "__module__", None) or "" for value in vars(module).values()}
+        assert not any(name.startswith("torch.distributed.checkpoint") for name in names)
 
 
 @pytest.mark.parametrize("flag, value", [("--kills", "0"), ("--kills", "x"), ("--seed", "-1")])

@@ -164,6 +164,9 @@ COMMANDS = {
     "python packing.py --data 'my/*.txt' --context 1024 --out tokens": (
         "python packing.py --data {tmp}/pages.jsonl --context 64 --held_out 0.3 --out {tmp}/tokens", "refused by name: True"),
     "python precision.py": ("python precision.py --steps 5", "with it: (True|False)"),
+    "python moe.py --plot experts.png": ("python moe.py --steps 2 --plot {tmp}/experts.png", "z-loss keeps the logits small: "),
+    "python pipeline_schedules.py --plot timelines.png": (
+        "python pipeline_schedules.py --plot {tmp}/timelines.png", r"max \|bubble - formula\| = .*: OK"),
     "python precision.py --plot lost.png": ("python precision.py --steps 5 --plot {tmp}/lost.png", "with it: (True|False)"),
     "python quality.py": (None, r"held-out ROC AUC 0\.\d+: better"),
     "python quality.py --data book.txt": ("python quality.py --data {tmp}/pages.jsonl --trusted {tmp}/good.jsonl", "held-out ROC AUC"),
@@ -182,6 +185,10 @@ COMMANDS = {
         "torchrun --nproc_per_node 2 zero.py --steps 2 --width 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
     "python zero_memory.py --ranks 4": (
         "python zero_memory.py --ranks 2 --steps 2 --width 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
+    "python flattening.py": (None, "every number has one owner: OK"),
+    "python pieces.py": (None, "all 4 slices are what was written: True"),
+    "python pieces.py --writers 7 --readers 2": (None, "all 2 slices are what was written: True"),
+    "python team.py": ("python team.py --steps 2", r"max \|layout - one process\| = .*: OK"),
     "python gathering.py": (None, "units there at once: 2 at most"),
     "python train.py": (f"python train.py --data {TEXT} --vocab_size=280 --out {{tmp}}/1 {TINY}", "saved in"),
     "torchrun --standalone --nproc_per_node=2 train.py": (

@@ -1,5 +1,6 @@
 """Bytes by formula against bytes counted around torch.distributed's collectives."""
 
+import contextlib
 import runpy
 import sys
 import threading
@@ -52,6 +53,34 @@ def test_counting_leaves_the_functions_as_they_were():
     with counting():
         assert dist.all_reduce is not before[0]
     assert (dist.all_reduce, dist.isend, dist.batch_isend_irecv) == before
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed")
+def test_every_collective_counts_what_its_ring_sends():
+    """Of 12 numbers in fp32 on 3 ranks; a ring of 3 sends two thirds of what it moves."""
+    ready, counted = threading.Barrier(3), []
+
+    def call(rank):
+        whole, part = torch.ones(12), torch.ones(4)
+        with counting() if rank == 0 else contextlib.nullcontext() as sent:  # the threads share what it replaces
+            ready.wait(30)
+            dist.all_reduce(whole)
+            dist.all_gather_into_tensor(whole, part)
+            dist.all_gather(list(whole.split(4)), part)
+            dist.reduce_scatter_tensor(part, whole)
+            dist.all_to_all_single(torch.empty(12), whole)
+            dist.broadcast(whole, 0)
+            if rank == 0:
+                dist.send(whole, 1)
+            elif rank == 1:
+                dist.recv(whole, 0)
+            ready.wait(30)
+        counted.extend(sent or ())
+
+    run_ranks(3, call)
+    expected = {"all-reduce": 64, "all-gather": 32, "reduce-scatter": 32, "all-to-all": 32, "broadcast": 32, "send": 48}
+    assert {name: number for name, number in counted} == expected
+    assert len(counted) == 3 * 6 + 1
 
 
 def test_unknown_strategy_is_refused():

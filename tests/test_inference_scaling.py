@@ -7,11 +7,12 @@ from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run_program
 from gpt import GPT, GPTConfig
 from preference import RewardModel
 from rollout import generate_rollout
-from inference_scaling import (best_of, beam_over_steps, curves, draw_uniforms, fit_log, force_budget, last_values, majority_vote,
+from inference_scaling import (SurpriseReward, auc, best_of, beam_over_steps, curves, draw_uniforms, fit_log, force_budget, last_values, majority_vote,
                        pass_at_k, process_loss, sample_many, self_refine, step_ends, train_verifier)
 
 END, SEP, STOP_THINKING, WAIT = 1, 2, 3, 4
@@ -146,6 +147,44 @@ def test_a_verifier_learns_what_makes_answers_right():
     ragged = [row[:n] for row, n in zip(tokens.tolist(), itertools.cycle((2, 4, 6)))]
     one_by_one = [last_values(verifier, [row])[0] for row in ragged[:9]]
     assert last_values(verifier, ragged[:9], batch=4) == pytest.approx(one_by_one, abs=1e-5)  # fp32 in another batch
+
+
+def test_surprise_reward_matches_token_by_token_and_trains_two_numbers():
+    model, rows = tiny(), torch.randint(1, 10, (3, 8), generator=torch.Generator().manual_seed(0))
+    reward = SurpriseReward(model, 3)
+    with torch.no_grad():
+        reward.w.fill_(0.5)
+        reward.b.fill_(2.0)
+    for row, values in zip(rows, reward(rows)):
+        total = 0.0
+        for t in range(8):
+            if t >= 3:
+                total += model(row[None, :t])[0, -1].log_softmax(-1)[row[t]].item()
+            assert values[t].item() == pytest.approx(2 + 0.5 * total, abs=1e-4)  # fp32, one text at a time
+    assert [name for name, _ in reward.named_parameters()] == ["w", "b"]
+    reward(rows).sum().backward()
+    assert reward.w.grad != 0 and all(p.grad is None for p in model.parameters())
+
+
+def test_surprise_tells_slips_from_a_policys_own_answers():
+    """Samples of a policy, half of them with one token that it would not have written: AUC far above one half."""
+    model, g = tiny(), torch.Generator().manual_seed(0)
+    answers = generate_rollout(model, [[5, 6]] * 128, 6, generator=g).tokens
+    slipped = answers.clone()
+    slipped[:, 4] = model(answers[:, :4])[:, -1].argmin(-1)
+    tokens, right = torch.cat([answers, slipped]), torch.arange(256).lt(128).float()
+    ends = F.one_hot(torch.full((256,), 7), 8).float()
+    reward = SurpriseReward(model, 2)
+    train_verifier(reward, tokens[::2], ends[::2], right[::2], 40, g, lr=0.1)
+    values = torch.tensor(last_values(reward, tokens[1::2].tolist()))
+    good, bad = values[right[1::2] > 0], values[right[1::2] == 0]
+    assert reward.w > 0 and (good[:, None] > bad).float().mean() > 0.9
+
+
+def test_auc_matches_counting_pairs():
+    values, right = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    assert auc(values, right) == pytest.approx(5.5 / 6) and auc(-values, right) == pytest.approx(0.5 / 6)
+    assert math.isnan(auc(values, torch.ones(5)))
 
 
 # --- methods --------------------------------------------------------------------------------------

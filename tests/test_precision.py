@@ -2,12 +2,14 @@
 
 import copy
 import math
+import runpy
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import run_program, run_ranks
+from conftest import run_ranks
 
 import precision
 from gpt import GPT, GPTConfig, next_token_loss
@@ -112,6 +114,10 @@ def test_scale_stops_below_infinity_and_a_static_one_stays():
     for expected in (127, 127, 127):
         scale.update(False)
         assert scale.scale == 2.0**expected
+    sinking = LossScale(1.0)
+    for _ in range(2000):
+        sinking.update(True)
+    assert sinking.scale == torch.finfo(torch.float32).tiny
     static = LossScale(8.0, dynamic=False, interval=1)
     static.update(True)
     static.update(False)
@@ -314,8 +320,11 @@ def test_quantised_numbers_are_near_and_fill_the_format(dtype, bits):
         assert (error <= torch.maximum(2.0 ** -(bits + 1) * x.abs(), floor) * (1 + 1e-5)).all()
     zeros, one = quantise(torch.zeros(3), dtype)
     assert not zeros.float().any() and one == 1
-    bad, scale = quantise(torch.tensor([1.0, math.inf]), dtype)
-    assert not (bad.float() * scale).isfinite().all()
+    for value in (math.inf, math.nan):
+        bad, scale = quantise(torch.tensor([1.0, value]), dtype)
+        assert not (bad.float() * scale).isfinite().all()
+    tiny, scale = quantise(torch.tensor([1e-44, 0.0]), dtype)  # 1e-44 / 448 is 0 in fp32
+    assert scale > 0 and tiny.float().isfinite().all() and tiny[1].float() == 0
 
 
 def test_fp8_product_matches_torchs_scaled_mm_and_float64():
@@ -330,7 +339,7 @@ def test_fp8_product_matches_torchs_scaled_mm_and_float64():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(6,), (1, 6), (5, 6), (2, 3, 6)])
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (1, 6), (5, 6), (2, 3, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_linear_matches_the_product_of_what_fp8_holds(shape, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -373,9 +382,23 @@ def test_fp8_linear_learns_like_fp32():
 
 # --- the program --------------------------------------------------------------------------------
 
-def test_flags_change_what_is_printed_and_drawn(tmp_path):
-    result = run_program(["precision.py", "--steps", 20, "--scale", 1024, "--seed", 1, "--plot", tmp_path / "lost.png"])
-    assert result.returncode == 0 and "with 1024" in result.stdout and "with it: " in result.stdout, result.stderr
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["precision.py", *map(str, flags)])
+    runpy.run_path(precision.__file__, run_name="__main__")
+
+
+def test_flags_change_what_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--steps", 5, "--scale", 1024, "--seed", 1, "--plot", tmp_path / "lost.png")
+    output = capsys.readouterr().out
+    assert "with 1024" in output and "with it: " in output
     assert (tmp_path / "lost.png").read_bytes()[:4] == b"\x89PNG"
-    bad = run_program(["precision.py", "--steps", 1, "--scale", -1])
-    assert bad.returncode == 2 and bad.stderr.startswith("precision.py: want a finite scale") and bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, message", ((("--scale", -1), "want a finite scale"), (("--steps", 0), "--steps must be"),
+                                            (("--seed", -1), "--seed in 0"), (("--scale", "x"), "--scale"),
+                                            (("--plot", "nowhere/lost.png"), "nowhere")))
+def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--steps", 1, *flags)
+    output, error = capsys.readouterr()
+    assert output == "" and stop.value.code == 2 and error.startswith("precision.py: ") and message in error and error.count("\n") == 1

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import run_program, run_ranks
+from conftest import run_ranks
+from run_here import run_here
 
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
@@ -250,9 +251,9 @@ def test_losses_of_uneven_parts_add_up_to_the_loss_of_all():
 
 
 def test_a_tabular_policy_learns_by_dpo_what_the_reward_model_says_it_should():
-    found = run_program(["preference.py", "--pairs", "400"])
+    found = run_here(["preference.py", "--pairs", "400"])
     assert found.returncode == 0 and found.stdout.rstrip().endswith(": OK"), found.stdout + found.stderr
-    other = run_program(["preference.py", "--pairs", "400", "--beta", "1", "--seed", "3"])
+    other = run_here(["preference.py", "--pairs", "400", "--beta", "1", "--seed", "3"])
     assert other.stdout.rstrip().endswith(": OK") and other.stdout != found.stdout
 
 
@@ -280,7 +281,7 @@ def test_bad_input_is_refused(call, message):
 
 @pytest.mark.parametrize("flags", [["--pairs", "3"], ["--beta", "0"], ["--beta", "nan"], ["--seed", "-1"], ["--pears", "1"]])
 def test_a_bad_flag_is_answered_in_one_line(flags):
-    found = run_program(["preference.py", *flags])
+    found = run_here(["preference.py", *flags])
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.strip().startswith("preference.py:") and len(found.stderr.strip().splitlines()) == 1
 

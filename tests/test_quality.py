@@ -208,7 +208,7 @@ def test_pareto_noise_keeps_the_share_of_the_formula():
         kept = [classifier.keeps(f"document {i}") for i in range(2000)]
         expected = (2 - p) ** -9.0  # P(pareto > x) = (1 + x)^-alpha at x = 1 - p
         assert abs(np.mean(kept) - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5 + 1e-9  # 4 standard deviations
-        assert kept == [classifier.keeps(f"document {i}") for i in range(2000)]
+        assert kept[:200] == [classifier.keeps(f"document {i}") for i in range(200)]
     # numpy's pareto is the one that GPT-3's appendix calls
     assert abs(np.mean(np.random.RandomState(0).pareto(9, 10**5) > 0.5) - 1.5**-9.0) < 0.002
 

@@ -1,9 +1,11 @@
 """Recomputation changes memory and time, and no number."""
 
+import runpy
+import sys
+
 import pytest
 import torch
 import torch.nn as nn
-from conftest import run_program
 from torch.utils.checkpoint import checkpoint
 
 import models
@@ -90,6 +92,10 @@ def test_decoding_is_as_without():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="one of none, attention, block, got 'all'"):
         build("gpt", "all")
+    with pytest.raises(ValueError, match="one of none, attention, block, got 'all'"):
+        values_kept(build("gpt").config, "all", False)
+    with pytest.raises(ValueError, match="without requires_grad"):
+        naive_recompute(nn.Linear(2, 2), torch.ones(2))
     moe = models.build("moe", SIZES["llama"] | {"experts": {"n_experts": 2, "k": 1, "router": "softmax_before"}})
     with pytest.raises(ValueError, match="recompute attention, not block"):
         recompute.recompute(moe, "block")
@@ -98,13 +104,18 @@ def test_what_cannot_be_is_refused():
 
 @pytest.mark.parametrize("flags, message", ((("--layers", "0"), "must be positive"), (("--width", "12"), "a multiple of 8"),
                                             (("--seed", "-1"), "--seed must be"), (("--kind", "bert"), "invalid choice")))
-def test_bad_flags_are_one_line(flags, message):
-    run = run_program(["recompute.py", *flags])
-    assert run.returncode == 2 and run.stdout == "" and message in run.stderr and run.stderr.count("\n") == 1
+def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recompute.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(recompute.__file__, run_name="__main__")
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == "" and message in output.err and output.err.count("\n") == 1
 
 
-def test_flags_change_what_they_say():
-    first = run_program(["recompute.py", "--rounds", "1", "--layers", "1", "--width", "16", "--context", "16"]).stdout
-    assert "max |gradient - gradient of none| = 0e+00" in first
-    other = run_program(["recompute.py", "--rounds", "1", "--layers", "2", "--width", "32", "--context", "8", "--kind", "llama"])
-    assert "llama, 2 layers of width 32, 4 texts of 8 tokens" in other.stdout
+def test_flags_change_what_they_say(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recompute.py", "--rounds", "1", "--layers", "2", "--width", "32", "--context", "8",
+                                      "--kind", "llama"])
+    runpy.run_path(recompute.__file__, run_name="__main__")
+    output = capsys.readouterr().out
+    assert "llama, 2 layers of width 32, 4 texts of 8 tokens" in output
+    assert "max |gradient - gradient of none| = 0e+00" in output

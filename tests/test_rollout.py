@@ -8,7 +8,7 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
 import decode
-from conftest import run_program
+from run_here import run_here
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
 from moe import MoE
@@ -143,9 +143,9 @@ def test_bad_input_is_refused(prompts, options, message):
 
 
 def test_program_ends_on_its_verdict_and_refuses_in_one_line():
-    found = run_program(["rollout.py", "--prompts", "6", "--max_new_tokens", "12"])
+    found = run_here(["rollout.py", "--prompts", "6", "--max_new_tokens", "12"])
     assert found.returncode == 0 and "batched = alone: True (6 answers)" in found.stdout.splitlines()[-1]
-    other = run_program(["rollout.py", "--prompts", "6", "--max_new_tokens", "12", "--seed", "1"])
+    other = run_here(["rollout.py", "--prompts", "6", "--max_new_tokens", "12", "--seed", "1"])
     assert other.stdout.splitlines()[0].split()[1] != "" and other.returncode == 0
-    bad = run_program(["rollout.py", "--prompts", "0"])
+    bad = run_here(["rollout.py", "--prompts", "0"])
     assert bad.returncode == 2 and bad.stderr.startswith("rollout.py: --prompts") and bad.stderr.count("\n") == 1

@@ -33,8 +33,9 @@ def test_operation_and_step_of_a_number_have_one_place_each(school):
         for before in ("", school.shot(True)):
             row = school.prompt(puzzle.question, before) + school.rows([puzzle], True)[1][0]
             text = [school.puzzles.VOCABULARY[i] for i in row]
+            assert text[school.before + school.asked + 1] == puzzle.question[0]
             for i, step in enumerate(puzzle.steps):
-                assert text[school.before + 2 * i + 1] in "+-" and text[school.before + school.asked + 1 + i] == step
+                assert text[school.before + 2 * i + 1] in "+-" and text[school.before + school.asked + 2 + i] == step
 
 
 def test_corpus_answers_are_right_and_of_all_kinds(school):
@@ -54,6 +55,33 @@ def test_drafts_are_sometimes_wrong(school):
     puzzles = school.problems(300, 6)
     right = sum(school.is_right(puzzle, school.response(school.draft(puzzle))) for puzzle in puzzles)
     assert 0.4 < right / 300 < 0.75  # about 0.91^6, and errors that cancel
+
+
+@pytest.mark.parametrize("level", [2, 6, 12])
+def test_drafts_and_examples_fit_whole_into_a_prompt(level):
+    school = School(level, 0)
+    for before in [school.draft(school.problems(1, level)[0]), *[school.shot(True) for _ in range(20)]]:
+        assert len(school.puzzles.ids_of(before)) <= school.before
+
+
+def test_follow_ups_come_after_an_answer_or_a_pause(school):
+    puzzles = school.problems(60)
+    kinds = [0, 0, 0]
+    for puzzle in puzzles:
+        prompt = school.follow_up(puzzle)
+        said = school.puzzles.text_of(prompt[school.before + school.asked:])
+        waits = said.count(school.puzzles.WAIT)
+        kinds[waits] += 1
+        first = school.puzzles.text_of(prompt[:school.before]).strip()
+        assert (first == "") == (waits > 0)
+        assert said == (school.puzzles.THINK + school.reasoning(puzzle) + school.puzzles.WAIT * waits if waits else "")
+        assert school.puzzles.format_reward(first) == (waits == 0)
+    assert kinds[0] > kinds[1] > 5 and kinds[2] > 5
+
+
+def test_lessons_are_mostly_of_the_highest_level(school):
+    levels = [puzzle.level for puzzle in school.lessons(40)]
+    assert len(levels) == 40 and 30 <= levels.count(6) < 40 and min(levels) < 6 and len(school.lessons(1)) == 1
 
 
 def test_general_answers_get_the_rules_opinion(school):

@@ -14,7 +14,8 @@ import gpt
 import processes
 import stages
 import tokenizer
-from conftest import run_program, run_ranks
+from conftest import run_ranks
+from run_here import run_here
 from team import Team
 
 ENCODING = tokenizer.train(["the quick brown fox"], 257)
@@ -46,7 +47,7 @@ def test_demo_interrupts_a_run_that_then_ends_as_the_unbroken_one(capsys):
 
 
 def test_program_refuses_in_one_line():
-    bad = run_program(["stages.py", "--steps", "1"])
+    bad = run_here(["stages.py", "--steps", "1"])
     assert bad.returncode == 2 and bad.stderr.startswith("stages.py: --steps") and bad.stderr.count("\n") == 1
 
 

@@ -17,7 +17,7 @@ from rlhf import PPOConfig, ppo_update
 from team import Team, Trained, main
 from tensor_parallel import whole
 
-LAYOUTS = [(2, dict(zero=0)), (2, dict(zero=1)), (2, dict(zero=3)), (2, dict(tp=2)), (4, dict(tp=2, zero=3))]
+LAYOUTS = [(2, dict(zero=0)), (2, dict(zero=3)), (2, dict(tp=2)), (4, dict(tp=2, zero=3))]
 
 
 def world(rank, P):
