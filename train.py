@@ -412,8 +412,8 @@ def run(settings: TrainConfig, given: set[str]) -> None:
         del trainer, progress, corpus
         world.say("--- from the base model to one that answers ---")
         alignment.run_stages(alignment.AlignConfig(
-            init=c.out, out=str(_home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout, tp=c.tp, zero=c.zero,
-            resume=resumed is not None, overwrite=resumed is None and settings.overwrite), world)
+            init=c.out, out=str(_home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout, tp=c.tp,
+            zero=c.zero, resume=resumed is not None, overwrite=resumed is None and settings.overwrite), world)
 
 
 def _home(out: Path) -> Path:
