@@ -301,7 +301,7 @@ def _draw(figure, by_length: dict[str, dict[str, float]], a: Tensor, source: lis
     bottleneck, looking = figure.subplots(1, 2, width_ratios=(1, 1.4))
     for name, shares in by_length.items():
         bottleneck.plot(list(shares), list(shares.values()), "o-", label=name)
-    bottleneck.set(title="the bottleneck", xlabel="words of the source", ylabel="% without a mistake", ylim=(-3, 103))
+    bottleneck.set(title="the bottleneck", xlabel="words of the source", ylabel="BLEU", ylim=(-3, 103))
     bottleneck.legend()
     looking.imshow(a.numpy(), cmap="Greys", aspect="auto")
     looking.set_xticks(range(len(source)), source, rotation=90)
@@ -341,7 +341,7 @@ def main(pairs: str | None, language: str | None, attention: str, steps: int, sa
         buckets.setdefault(f"{(n := (len(pair.source) - 1) // 5 * 5) + 1}-{n + 5}", []).append(i)
     print(f"{'words of the source':26}" + "".join(f"{name:>7}" for name in buckets) + "    all   BLEU   chrF")
     print(f"{'sentences':26}" + "".join(f"{len(indices):7}" for indices in buckets.values()) + f"{len(test):7}")
-    right, by_length = {}, {}  # name of a translator -> whether it is right, per sentence; % right, per bucket
+    right, by_length = {}, {}  # name of a translator -> whether it is right, per sentence; BLEU, per bucket
     for kind in (None, attention):
         config = TranslatorConfig(*map(len, vocabularies), attention=kind)
         model = Translator(config, Recurrent, torch.Generator().manual_seed(seed))
@@ -349,9 +349,10 @@ def main(pairs: str | None, language: str | None, attention: str, steps: int, sa
         ours = translate(lambda *source: greedy_translations(model, *source)[0], sources, *vocabularies)
         name = f"{kind} attention" if kind else "no attention"
         right[name] = [a == b for a, b in zip(ours, references)]
-        by_length[name] = {bucket: 100 * sum(right[name][i] for i in indices) / len(indices)
+        by_length[name] = {bucket: bleu([ours[i] for i in indices], [references[i] for i in indices])
                            for bucket, indices in buckets.items()}
-        print(f"{name + ', % right':26}" + "".join(f"{share:7.0f}" for share in by_length[name].values())
+        shares = [100 * sum(right[name][i] for i in indices) / len(indices) for indices in buckets.values()]
+        print(f"{name + ', % right':26}" + "".join(f"{share:7.0f}" for share in shares)
               + "".join(f"{score(ours, references):7.1f}" for score in (exact_match, bleu, chrf)))
         print(f"    loss {losses[0]:.2f} (expected about ln V = {math.log(len(vocabularies[1])):.2f}) -> "
               f"{losses[-1]:.2f} nats per word", flush=True)
@@ -389,7 +390,7 @@ if __name__ == "__main__":
                         "by the end of training (default 0: teacher forcing)")
     parser.add_argument("--translate", dest="text", help="a sentence to translate after training")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus, initial weights and batches (default 0)")
-    parser.add_argument("--plot", help="draw accuracy by length and an attention matrix into this file")
+    parser.add_argument("--plot", help="draw BLEU by length and an attention matrix into this file")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:
         main(**vars(parser.parse_args()))

@@ -102,6 +102,8 @@ COMMANDS = {
     "python weights.py": (None, "read again bit for bit: "),
     "python finetune.py --encoder out/bert": ("python finetune.py --encoder {tmp}/bert --examples 2", r"transfer: .* on \d of 4 tasks"),
     "python layout.py": (None, r"\d+ layouts of 8 processes fit, \d+ do not: 2\.00 to 16\.00 bytes"),
+    "python layout.py --preset llama_1b --processes 8": (None, r"\d+ layouts of 8 processes fit"),
+    "python planner.py --plan llama3_8b --gpus 64 --gpu h100": (None, r"best: dp \d+ "),
     "python recompute.py": ("python recompute.py --rounds 1 --layers 2 --width 32 --context 32", r"max \|gradient - gradient of none\| = 0e\+00"),
     "python recompute.py --context 512": ("python recompute.py --rounds 1 --layers 1 --width 16 --context 64", "gradient of none"),
     "python train.py --recompute block": (
@@ -203,6 +205,9 @@ COMMANDS = {
 }
 NOT_RUN_HERE = {  # what installs, what would run this very test, and a ladder of models (tests/test_ladder.py has a short one)
     "python scaling.py --measure", "python ladder.py", "python ladder.py      or python scaling.py --measure: minutes on two cores",
+    "torchrun --standalone --nproc_per_node=8 train.py ...",  # on machines that one does not have: test_two_machines.py
+    "torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=run --rdzv_endpoint=first-machine:29400 train.py ...",
+    "torchrun --nnodes=4 --nproc_per_node=8 --node_rank=r --master_addr=first-machine --master_port=29500 train.py ...",
     "pip install -r requirements.txt", "pip install -r requirements.txt -r tests/requirements.txt", "pytest"}
 
 
@@ -216,6 +221,7 @@ def commands_shown():
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         for line in block.splitlines():
             lines += re.split(r"\s+#|\s{3,}", line)[0].split(" && ")
+    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", (ROOT / "README.md").read_text())
     shown = {line.strip() for line in lines}
     return {line for line in shown if re.match(r"(python|torchrun|pip|pytest)\b", line)} - NOT_RUN_HERE
 

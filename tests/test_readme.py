@@ -35,3 +35,32 @@ def test_every_file_is_in_the_table_and_the_other_way_round():
 @pytest.mark.parametrize("file", sorted(set(re.findall(r"`((?:tests|bench)/\w+\.\w+)`", README))))
 def test_every_test_that_is_named_exists(file):
     assert (ROOT / file).exists()
+
+
+def needs(path):
+    """Other files of ours that a file imports, anywhere but in its demo."""
+    found = set()
+
+    def visit(node):
+        for child in ast.iter_child_nodes(node):
+            in_demo = isinstance(child, ast.FunctionDef) and child.name in ("main", "_demo", "demo", "_train")
+            if in_demo or isinstance(child, ast.If) and re.search("__main__|TYPE_CHECKING", ast.unparse(child.test)):
+                continue
+            names = [alias.name for alias in child.names] if isinstance(child, ast.Import) else []
+            found.update([*names, child.module] if isinstance(child, ast.ImportFrom) else names)
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return {f"{name}.py" for name in found} & {other.name for other in ROOT.glob("*.py")} - {path.name}
+
+
+COPY = README[README.index("## Copy this"):README.index("## On your machines")]
+
+
+@pytest.mark.parametrize("row", [line for line in COPY.splitlines() if line.startswith("| `")], ids=lambda row: row[2:20])
+def test_what_is_to_be_copied_is_all_that_is_needed(row):
+    files, imported, beside = (re.findall(r"`([^`]+)`", cell) for cell in row.strip("|").split("|"))
+    wanted = set().union(*(needs(ROOT / file) for file in files)) - set(files)
+    assert wanted <= {name for name in beside if name.endswith(".py")}
+    named = set().union(*(names_in(ROOT / file) for file in (*files, *(b for b in beside if b.endswith(".py")))))
+    assert any(re.match(r"\w+", use)[0] in named for use in imported)
