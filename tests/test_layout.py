@@ -30,7 +30,7 @@ LAYOUTS = {  # name -> sizes, and the kinds that they are for
     "dp2 cp2 pp2": Grid(dp=2, cp=2, pp=2), "zero1": Grid(dp=3, zero=1), "zero2": Grid(dp=4, zero=2), "zero3": Grid(dp=4, zero=3),
     "zero3 tp2": Grid(dp=2, tp=2, zero=3), "zero2 pp2": Grid(dp=2, pp=2, zero=2), "zero1 offload": Grid(dp=2, zero=1, offload=True),
     "zero1 tp2 pp2": Grid(dp=2, tp=2, pp=2, zero=1), "zero1 pp4": Grid(dp=2, pp=4, zero=1),
-    "zero3 cp2": Grid(dp=2, cp=2, zero=3), "tp2 pp2 cp2 sequence": Grid(tp=2, pp=2, cp=2, sequence=True),
+    "zero3 cp2": Grid(dp=2, cp=2, zero=3), "all at once": Grid(dp=2, tp=2, pp=2, cp=2, zero=2), "tp2 pp2 cp2 sequence": Grid(tp=2, pp=2, cp=2, sequence=True),
 }
 EXPERTS = {"ep2": Grid(ep=2), "ep4": Grid(ep=4), "dp2 ep2": Grid(dp=2, ep=2), "tp2 ep2": Grid(tp=2, ep=2), "tp2": Grid(tp=2)}
 

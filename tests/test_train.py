@@ -277,19 +277,17 @@ def test_two_runs_in_one_folder_are_refused(text, tmp_path, capsys):
 
 
 def test_a_second_ctrl_c_leaves_at_once(monkeypatch):
-    received = train._note_signals(train.World())
-    try:
+    before = signal.getsignal(signal.SIGINT)
+    with train.stages.noting_signals(print) as received:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's copy of the first
         assert received == [signal.SIGINT, signal.SIGINT]
         now = time.monotonic()
-        monkeypatch.setattr(train.time, "monotonic", lambda: now + 3)
+        monkeypatch.setattr(train.stages.time, "monotonic", lambda: now + 3)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_is_not_overwritten_unless_told_so(text, tmp_path, capsys):
