@@ -27,6 +27,7 @@ import threading
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -127,6 +128,11 @@ def _context():
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
     if has_server:
         context.set_forkserver_preload(["preloaded"])
+        # The server finds modules by this variable alone; what it starts is not to have it.
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+        forkserver.ensure_running()
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return context
 
 
@@ -138,12 +144,16 @@ def _program(words, folder, outputs, variables):
     # This process began with pytest's own streams: a program has streams of its own.
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", closefd=False), open(2, "w", closefd=False)
     os.chdir(folder)
+    os.environ.pop("PYTHONPATH", None)
     os.environ.update(variables)
+    file = Path(folder, words[0]).resolve()
+    sys.path[:] = [str(file.parent), *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
+    if file.parent != ROOT:  # a copy has no neighbours
+        sys.modules.pop("data", None)
     torch.set_num_threads(1)
     # The processes that a program starts have torch already, too.
     torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
-    file = Path(folder, words[0]).resolve()
-    sys.argv, sys.path[0] = list(words), str(file.parent)
+    sys.argv = list(words)
     runpy.run_path(str(file), run_name="__main__")
 
 
@@ -160,7 +170,7 @@ def run_program(words, folder=ROOT, timeout=170.0, processes=None):
             paths = [os.path.join(outputs, f"{name}{rank}") for name in ("stdout", "stderr")]
             variables = _torchrun(rank, processes, store.port) if processes else {}
             started.append(_context().Process(target=_program, args=(words, folder, paths, variables)))
-            started[-1].start()
+            started[-1].start()  # the first of all waits for the fork server's imports
         deadline = time.monotonic() + timeout
         for process in started:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -224,9 +234,7 @@ def spawn_ranks(P, fn, *args, timeout=60.0, init=True, return_exceptions=False):
     # Port 0: the system picks a free one, and the store keeps it, so nobody can take it in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((fn, args))
-    processes, ends = [], {}  # ends: our end of the pipe to a rank -> rank
-    deadline = time.monotonic() + timeout
-    results = {}
+    processes, ends, results = [], {}, {}  # ends: our end of the pipe to a rank -> rank
     try:
         for rank in range(P):
             ours, theirs = context.Pipe()
@@ -236,6 +244,7 @@ def spawn_ranks(P, fn, *args, timeout=60.0, init=True, return_exceptions=False):
             theirs.close()  # so that our end reports the end of file when the rank dies
             processes.append(process)
             ends[ours] = rank
+        deadline = time.monotonic() + timeout  # the first start of all waits for the fork server's imports
         while len(results) < P:
             pending = [end for end, rank in ends.items() if rank not in results]
             ready = wait(pending, max(0.0, deadline - time.monotonic()))

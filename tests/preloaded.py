@@ -3,8 +3,6 @@
 ``default_documents`` parses the standard library for four seconds; test_data.py has its own tests.
 """
 
-import functools
-
 import matplotlib.pyplot  # noqa: F401
 import tiktoken  # noqa: F401
 import torch._dynamo  # noqa: F401  (every optimizer imports it)
@@ -12,5 +10,5 @@ import torch.distributed.checkpoint  # noqa: F401
 
 import data
 
-read_once = functools.cache(data.default_documents)
-data.default_documents = lambda: list(read_once())
+documents = data.default_documents()
+data.default_documents = lambda: list(documents)
