@@ -25,6 +25,9 @@ Measured  500 held-out chains of 6 operations, one sample each, one thread, phas
           does not grow of itself. Worked steps, greedy: 1.000 (200 chains); direct answers stay near chance (0.096,
           measured with 600 batches of 64). CPU seconds on one core under load: each study 43, base 15, 30 steps of
           RL 17, phase 3 11, phase 4 with its reward model 16: about 200 in all.
+          The whole demo as it stands, once, 317 s beside another program: points gained by worked steps over direct
+          answers 90.8, by RL over the cold start 15.6, by the majority of 16 over one sample 3.8: RL leaves less to
+          vote about than in the runs above. Fewer --rl_steps leave more.
 
 Omits     other tasks than chains, which is all that this model learns in minutes (puzzles.py makes harder ones);
           the language-consistency reward, a judge model in phase 3, distillation, levels that grow with the model.

@@ -21,6 +21,7 @@ FIGURES = {  # name of the picture -> what makes it
     "overoptimisation": "python rlhf.py --plot docs/overoptimisation.png",
     "growth": "python reason.py --plot docs/growth.png --save thinker.pt",
     "tokens": "python inference_scaling.py --model thinker.pt --plot docs/tokens.png",
+    "isoflop": "python scaling_laws.py --plot docs/isoflop.png",
     "law": "python scaling.py --measure --plot docs/law.png",
 }
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -203,11 +204,13 @@ COMMANDS = {
     "python train.py --resume": ("python train.py --resume --out {tmp}/run --steps 3", "resuming from"),
     "python train.py --help": (None, "--save_every INT"),
 }
+FIGURES = runpy.run_path(str(ROOT / "docs" / "figures.py"))["FIGURES"]
 NOT_RUN_HERE = {  # what installs, what would run this very test, and a ladder of models (tests/test_ladder.py has a short one)
     "python scaling.py --measure", "python ladder.py", "python ladder.py      or python scaling.py --measure: minutes on two cores",
     "torchrun --standalone --nproc_per_node=8 train.py ...",  # on machines that one does not have: test_two_machines.py
     "torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=run --rdzv_endpoint=first-machine:29400 train.py ...",
     "torchrun --nnodes=4 --nproc_per_node=8 --node_rank=r --master_addr=first-machine --master_port=29500 train.py ...",
+    "python docs/figures.py",  # its programs are
     "pip install -r requirements.txt", "pip install -r requirements.txt -r tests/requirements.txt", "pytest"}
 
 
@@ -222,7 +225,7 @@ def commands_shown():
         for line in block.splitlines():
             lines += re.split(r"\s+#|\s{3,}", line)[0].split(" && ")
     lines += re.findall(r"`((?:python|torchrun) [^`]*)`", (ROOT / "README.md").read_text())
-    shown = {line.strip() for line in lines}
+    shown = {line.strip() for line in lines} - set(FIGURES.values())  # with --plot they are here under other names
     return {line for line in shown if re.match(r"(python|torchrun|pip|pytest)\b", line)} - NOT_RUN_HERE
 
 

@@ -64,3 +64,11 @@ def test_what_is_to_be_copied_is_all_that_is_needed(row):
     assert wanted <= {name for name in beside if name.endswith(".py")}
     named = set().union(*(names_in(ROOT / file) for file in (*files, *(b for b in beside if b.endswith(".py")))))
     assert any(re.match(r"\w+", use)[0] in named for use in imported)
+
+
+def test_every_figure_is_there_with_the_command_that_makes_it():
+    import runpy
+    commands = runpy.run_path(str(ROOT / "docs" / "figures.py"))["FIGURES"]
+    shown = re.findall(r"!\[\]\(docs/(\w+)\.png\)[^`]*`([^`]+)`", README)
+    assert dict(shown) == commands
+    assert all((ROOT / "docs" / f"{name}.png").stat().st_size < 200_000 for name in commands)
