@@ -17,17 +17,12 @@ Shapes    prompts and responses: lists of ids, ragged -> tokens, mask (B, T), 1.
   3         self-training    2's own right answers, with general data, from base    600k + 200k samples
   4         diverse RL       checked answers, and a learned reward for the rest     helpfulness, harmlessness
 
-Measured  500 held-out chains of 6 operations, one sample each, one thread, phase by phase (there, what
-          goes on after something was of every level). Base 0.218, length 6.9.
-          Zero 0.838, length 13.0. Cold start 0.666, after RL 0.878; there the majority of 16 samples 0.964, one
-          sample 0.864; phase 3 (from the base again, 87 steps) 0.912; phase 4 0.902, people's opinion of its general
-          answers 0.10 -> 0.46. RL with a random reward: 0.000, length 2.2: what nothing rewards is lost, and length
-          does not grow of itself. Worked steps, greedy: 1.000 (200 chains); direct answers stay near chance (0.096,
-          measured with 600 batches of 64). CPU seconds on one core under load: each study 43, base 15, 30 steps of
-          RL 17, phase 3 11, phase 4 with its reward model 16: about 200 in all.
-          The whole demo as it stands, once, 317 s beside another program: points gained by worked steps over direct
-          answers 90.8, by RL over the cold start 15.6, by the majority of 16 over one sample 3.8: RL leaves less to
-          vote about than in the runs above. Fewer --rl_steps leave more.
+Measured  the whole demo, 500 held-out chains of 6 operations, seed 0; 130 s on two cores. Direct answers 0.108, worked
+          steps 1.000. Base 0.170; zero 0.942; cold start 0.710, after RL 0.962 (length 11.0 -> 13.0), phase 3 0.948,
+          phase 4 0.958; RL with a random reward 0.000: what nothing rewards is lost. The majority of 16 samples 1.000
+          where one has 0.970: 3.0 points, not the 5 that the verdict asks for, as RL leaves too little to vote about.
+          It is 7.9 points with --seed 2 (0.921 -> 1.000), and 8.4 at 0.909, after fewer steps of study. With 700 steps
+          of study one seed of three had not learned the chain at all (0.155).
 
 Omits     other tasks than chains, which is all that this model learns in minutes (puzzles.py makes harder ones);
           the language-consistency reward, a judge model in phase 3, distillation, levels that grow with the model.
@@ -289,8 +284,8 @@ def pretrain_base(student: nn.Module, school, steps: int) -> nn.Module:
 def cold_start(base: nn.Module, school) -> nn.Module:
     """Phase 1: a few worked examples."""
     model = copy.deepcopy(base)
-    few = school.rows(school.problems(64), True)
-    learn_from_rows(model, lambda step: tuple(part[16 * step:16 * step + 16] for part in few), 4, 3e-4)
+    few = school.rows(school.problems(32), True)
+    learn_from_rows(model, lambda step: tuple(part[16 * step:16 * step + 16] for part in few), 2, 3e-4)
     return model
 
 
@@ -442,8 +437,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--level", type=int, default=6, help="operations of the hardest chains (default 6)")
-    parser.add_argument("--steps", type=int, default=700, help="of learning from worked steps (default 700)")
-    parser.add_argument("--rl_steps", type=int, default=30, help="of each reinforcement learning (default 30)")
+    parser.add_argument("--steps", type=int, default=1100, help="of learning from worked steps (default 1100)")
+    parser.add_argument("--rl_steps", type=int, default=14, help="of each reinforcement learning (default 14)")
     parser.add_argument("--problems", type=int, default=500, help="held-out problems of each level (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, problems and samples (default 0)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw growth under RL (needs matplotlib)")
