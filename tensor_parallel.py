@@ -357,6 +357,8 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None, se
         ValueError: naming the size that P does not divide, and the numbers of ranks that would do.
     """
     P, config = rank_and_size(group)[1], model.config
+    if not hasattr(config, "n_kv_heads"):
+        raise ValueError(f"only language models (GPT, Llama, also of experts) are cut; {type(model).__name__} is none")
     if P > 1 and (P not in fitting_ranks(config) or getattr(config, "qk_norm", False)):
         fitting = [1] if getattr(config, "qk_norm", False) else fitting_ranks(config)
         raise ValueError(f"{P} ranks cannot share {config.n_heads} heads, {config.n_kv_heads} key and value heads and "

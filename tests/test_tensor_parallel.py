@@ -354,3 +354,9 @@ def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "tensor_parallel.py"), run_name="__main__")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_an_encoder_is_refused_in_one_line():
+    from bert import BERT, BERTConfig
+    with pytest.raises(ValueError, match="only language models .* BERT is none"):
+        tp.tensor_parallel(BERT(BERTConfig(vocab_size=20, context=8, n_layers=1, n_heads=2, d_model=8)))
