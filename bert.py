@@ -226,7 +226,7 @@ class BERT(_Pretrained):
 
     architecture = "BertModel"
     # How tensor parallelism cuts each parameter: by output columns, by input rows, by vocabulary.
-    tp_plan = {"token_embedding.weight": "vocab", "mlm_bias": "vocab",
+    tp_plan = {"token_embedding.weight": "vocab", "mlm_bias": "vocab",  # the latter in BERTForPretraining alone
                "attention.qkv.weight": "column", "attention.qkv.bias": "column",
                "mlp.up.weight": "column", "mlp.up.bias": "column",
                "attention.out.weight": "row", "mlp.down.weight": "row"}

@@ -10,7 +10,7 @@ Formula   Y = gelu(X [A_1 A_2]) [B_1; B_2] = gelu(X A_1) B_1 + gelu(X A_2) B_2  
 Shapes    column: x (..., n_in) -> (..., n_out/P);  row: x (..., n_in/P) -> (..., n_out)
           logits (B, T, Vp), Vp = ceil(V/P): no rank ever holds (B, T, V)
 Omits     overlap of the forward sums with computation; weights that are drawn in slices (the model is built whole, so
-          that its weights are those of one process, then cut); caches under sequence parallelism.
+          that its weights are those of one process, then cut); caches under sequence parallelism; encoder-decoders.
 Run       python tensor_parallel.py                                    2 ranks on the CPU, about 10 s
           torchrun --nproc_per_node 2 tensor_parallel.py --sequence    with the norms' work divided too
           ends with "max |TP - one process| = ..."
@@ -285,24 +285,37 @@ def vocabulary_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int,
 # --- 3. a model, cut ----------------------------------------------------------------------------------
 
 class _SlicedDropout(TorchFunctionMode):
-    """Dropout on a slice of T drops what one process would drop: the mask is drawn for all of T, then sliced."""
+    """Dropout on a slice drops what one process would drop there: the mask is drawn for the whole, then sliced; over
+    T with sequence parallelism, and over the heads where attention drops weights (there by the naive formula: torch's
+    kernels draw theirs inside. One process draws the same on a CPU; its fused kernels on CUDA draw another)."""
 
-    def __init__(self, group: dist.ProcessGroup | None):
+    def __init__(self, group: dist.ProcessGroup | None, sequence: bool):
         super().__init__()
-        self.group = group
+        self.group, self.sequence = group, sequence
+
+    def _mask(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """Dropout of ones, of the shape of x (B, n/P, ...): drawn as (B, n, ...)."""
+        P = rank_and_size(self.group)[1]
+        return _own_slice(F.dropout(x.new_ones(x.size(0), x.size(1) * P, *x.shape[2:]), *args, **kwargs), 1, self.group)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.dropout:
-            return function(*args, **(kwargs or {}))
-        x, P = args[0], rank_and_size(self.group)[1]
-        whole = x.new_ones(x.size(0), x.size(1) * P, *x.shape[2:])  # (B, T, D)
-        return x * _own_slice(function(whole, *args[1:], **(kwargs or {})), 1, self.group)
+        kwargs = kwargs or {}
+        if function is F.dropout and self.sequence:
+            return args[0] * self._mask(*args, **kwargs)
+        if function is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            q, k, v = args  # (B, H/P, T, Dh)
+            scores = q @ k.mT / math.sqrt(q.size(-1))
+            if kwargs.get("attn_mask") is not None:
+                scores = scores.masked_fill(~kwargs["attn_mask"], -math.inf)
+            return torch.softmax(scores, -1) * self._mask(scores, kwargs["dropout_p"]) @ v
+        return function(*args, **kwargs)
 
 
 def fitting_ranks(config) -> list[int]:
     """The numbers of ranks that can share a model of these sizes: they divide heads and hidden units, and divide, or
     are multiples of, the key and value heads."""
-    H, Hkv, Dff = config.n_heads, config.n_kv_heads, config.d_ff
+    H, Dff = config.n_heads, config.d_ff
+    Hkv = getattr(config, "n_kv_heads", H)
     return [P for P in range(1, H + 1) if H % P == 0 and Dff % P == 0 and (Hkv % P == 0 or P % Hkv == 0)]
 
 
@@ -311,9 +324,8 @@ def _cut(module: nn.Module, kind: str, head: int | None, group: dist.ProcessGrou
     rank, P = rank_and_size(group)
     weight, bias = module.weight.detach(), None
     dim, size, copies = int(kind == "row"), module.weight.size(int(kind == "row")), 1
-    if kind == "vocab" and size % P:
-        padding = weight.new_zeros(-size % P, weight.size(1))
-        weight = torch.cat((weight, padding))  # (P Vp, D)
+    if kind == "vocab":
+        weight = _padded(weight, P)  # (P Vp, D)
     slices = P
     if head is not None and size // head < P:  # fewer key and value heads than ranks: each is held by several
         slices, copies = size // head, P * head // size
@@ -335,6 +347,11 @@ def _cut(module: nn.Module, kind: str, head: int | None, group: dist.ProcessGrou
     return cut
 
 
+def _padded(weight: Tensor, P: int) -> Tensor:
+    """(V, ...) -> (P * ceil(V/P), ...), zeros behind."""
+    return torch.cat((weight, weight.new_zeros(-len(weight) % P, *weight.shape[1:])))
+
+
 def _sum_of_copies(gradient: Tensor, cut: Cut) -> Tensor:
     """The sum of the gradients of a slice over the ranks that hold it, by a sum of the whole."""
     rank, P = rank_and_size(cut.group)
@@ -347,7 +364,7 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None, se
     """Cut a model of the contract, the same on every rank, in place, by its ``tp_plan``; returns it.
 
     Afterwards ``model(tokens)`` gives (B, T, Vp), this rank's slice of the logits, for
-    ``vocabulary_cross_entropy``; every rank gets the same tokens and, with dropout, the same seed. A vocabulary
+    ``vocabulary_cross_entropy`` (so do BERT's hidden tokens; what else an encoder gives is whole on every rank); every rank gets the same tokens and, with dropout, the same seed. A vocabulary
     that P does not divide is padded with zeros that nothing reads. Key and value heads fewer than ranks are copied.
 
     Args:
@@ -356,40 +373,50 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None, se
     Raises:
         ValueError: naming the size that P does not divide, and the numbers of ranks that would do.
     """
-    P, config = rank_and_size(group)[1], model.config
-    if not hasattr(config, "n_kv_heads"):
-        raise ValueError(f"only language models (GPT, Llama, also of experts) are cut; {type(model).__name__} is none")
+    if not hasattr(model, "tp_plan"):
+        raise ValueError(f"{type(model).__name__} has no tp_plan: GPT, Llama (also of experts) and BERT can be cut")
+    (rank, P), config = rank_and_size(group), model.config
+    trunk = getattr(model, "bert", model)  # where the blocks are: BERT's tasks keep their encoder there
+    encoder = hasattr(trunk, "pooler")  # post-norm, and what follows its blocks is whole on every rank
     if P > 1 and (P not in fitting_ranks(config) or getattr(config, "qk_norm", False)):
         fitting = [1] if getattr(config, "qk_norm", False) else fitting_ranks(config)
-        raise ValueError(f"{P} ranks cannot share {config.n_heads} heads, {config.n_kv_heads} key and value heads and "
-                         f"{config.d_ff} hidden units (a norm over all heads cannot be shared); "
-                         f"{', '.join(map(str, fitting))} can")
+        raise ValueError(f"{P} ranks cannot share {config.n_heads} heads, "
+                         f"{getattr(config, 'n_kv_heads', config.n_heads)} key and value heads and {config.d_ff} "
+                         f"hidden units (a norm over all heads cannot be shared); {', '.join(map(str, fitting))} can")
     if P == 1:
         return model
-    for name, _ in list(model.named_parameters()):
+    for name, p in list(model.named_parameters()):
         kind = next((kind for suffix, kind in model.tp_plan.items() if name.endswith(suffix)), None)
-        if kind is None or name.endswith("bias"):  # a bias is cut with its weight
-            continue
-        parent, _, child = name.removesuffix(".weight").rpartition(".")
-        is_kv = name.endswith(("attention.k.weight", "attention.v.weight"))
-        parent = model.get_submodule(parent)
-        head = config.d_head if is_kv else None
-        setattr(parent, child, _cut(getattr(parent, child), kind, head, group, sequence))
-    # The head multiplies what the last norm gives by a slice of the vocabulary, if the plan cuts that.
-    if sequence or "vocab" in model.tp_plan.values():
+        path, _, child = name.removesuffix(".weight").rpartition(".")
+        parent = model.get_submodule(path)
+        if kind == "vocab" and getattr(parent, child) is p:  # the bias of a tied head belongs to no layer
+            own = nn.Parameter(_padded(p.detach(), P).chunk(P)[rank].clone())
+            own.cut = Cut(group, len(p))
+            setattr(parent, child, own)
+        elif kind is not None and not name.endswith("bias"):  # a bias is cut with its weight
+            head = config.d_head if name.endswith(("attention.k.weight", "attention.v.weight")) else None
+            setattr(parent, child, _cut(getattr(parent, child), kind, head, group, sequence))
+    # What the head multiplies by a slice of the vocabulary is whole, and each rank knows a term of its gradient.
+    if encoder:
+        if hasattr(model, "mlm_norm"):
+            model.mlm_norm.register_forward_hook(lambda module, inputs, x: copy_to_ranks(x, group))
+        if sequence:
+            trunk.blocks[-1].register_forward_hook(lambda module, inputs, x: gather_from_ranks(x, 1, group))
+    elif sequence or "vocab" in model.tp_plan.values():
         model.norm.register_forward_hook(
             lambda module, inputs, x: gather_to_terms(x, 1, group) if sequence else copy_to_ranks(x, group))
     if sequence:
-        model.blocks[0].register_forward_pre_hook(
+        trunk.blocks[0].register_forward_pre_hook(
             lambda module, inputs: (scatter_to_ranks(inputs[0], 1, group), *inputs[1:]))
-        for module in (*model.blocks, model.norm):
+        for module in (*trunk.blocks, *([] if encoder else [model.norm])):
             for p in module.parameters():
                 if not hasattr(p, "cut"):  # a norm, or a bias behind a sum: it sees a slice of T on every rank
                     p.register_hook(lambda gradient: _all_reduce(gradient, group))
-        for block in model.blocks if getattr(model.config, "dropout", 0) else ():
-            mode = _SlicedDropout(group)
-            block.register_forward_pre_hook(lambda *_, mode=mode: mode.__enter__() and None)
-            block.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None), always_call=True)
+    if getattr(config, "attention_dropout", 0) or sequence and getattr(config, "dropout", 0):
+        mode = _SlicedDropout(group, sequence)
+        for block in trunk.blocks:
+            block.register_forward_pre_hook(lambda *_: mode.__enter__() and None)
+            block.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True)
     return model
 
 

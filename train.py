@@ -20,9 +20,7 @@ Test      pytest tests/test_train.py
 """
 
 import contextlib
-import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -31,16 +29,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
 import alignment
 import checkpoint
@@ -51,94 +45,15 @@ import layout
 import models
 import precision
 import recompute
+import run_folder
 import stages
 import tokenizer
-from config import (FIXED_BY_CHECKPOINT, OF_THE_MACHINE, ConfigError, TrainConfig, derive, parse,
-                    refuse_meaningless)
+from config import ConfigError, TrainConfig, derive, parse, refuse_meaningless
+from corpus import Corpus, prepare
 from processes import ProcessError, World, join, measure_peak, memory, multiplies_bf16
 
 
-# --- 1. the text ----------------------------------------------------------------------------
-
-@dataclass
-class Corpus:
-    encoding: tiktoken.Encoding
-    train: data.TokenWindows
-    validation: data.TokenWindows
-    bytes_per_token: float  # of the held-out text, to state its loss in bits per byte
-    fingerprint: str
-
-
-def prepare(config: TrainConfig, world: World, resumed: Path | None) -> Corpus:
-    """Read, split, tokenise and pack the text, once per machine, into ``out/tokens``; then open it everywhere.
-
-    A resumed run uses the tokenizer of its checkpoint, and the packed tokens if they are still there and whole.
-
-    Raises:
-        ProcessError: for text that cannot be used, or that is not what the checkpoint was trained on.
-    """
-    folder = Path(config.out) / "tokens"
-
-    def is_packed() -> bool:
-        try:
-            return bool(resumed) and _open_corpus(config, folder).fingerprint == trained_on
-        except (ValueError, OSError):
-            return False
-
-    trained_on = resumed and checkpoint.load(resumed, parts=())["meta"]["data_fingerprint"]
-    must_pack = world.local_rank == 0 and not is_packed()
-    world.agree(lambda: _pack_corpus(config, folder, resumed, world), here=must_pack, slow=True)
-    corpus = world.agree(lambda: _open_corpus(config, folder))
-    if len(set(world.gather(corpus.fingerprint))) > 1:
-        raise ConfigError("the machines read different text: give all of them the same --data and Python")
-    if resumed and trained_on != corpus.fingerprint:
-        raise ConfigError(f"{resumed} was trained on other text than {config.data or 'the default corpus'} is now; "
-                          f"give it that text, or another --out")
-    world.say(f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} held out, "
-              f"vocabulary {corpus.encoding.n_vocab}, {corpus.bytes_per_token:.2f} bytes per token")
-    return corpus
-
-
-def _open_corpus(config: TrainConfig, folder: Path) -> Corpus:
-    train, held_out = (np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "validation"))
-    windows = data.TokenWindows(train, config.context, config.seed)
-    # A held-out text shorter than one context is one shorter window.
-    validation = data.TokenWindows(held_out, max(1, min(config.context, len(held_out) - 1)), shuffle=False)
-    n_bytes = int((folder / "held_out_bytes").read_text())
-    return Corpus(tokenizer.load(folder / "tokenizer.tiktoken"), windows, validation, n_bytes / len(held_out),
-                  _fingerprint(train, held_out))
-
-
-def _pack_corpus(config: TrainConfig, folder: Path, resumed: Path | None, world: World) -> None:
-    try:  # a tokenizer that cannot be had is known before the text is read
-        named = None if config.tokenizer == "train" and not resumed else \
-            tokenizer.load(resumed / "tokenizer.tiktoken" if resumed else config.tokenizer)
-    except ValueError as error:
-        raise ConfigError(f"--tokenizer={config.tokenizer}: {error}") from None
-    world.say(f"reading {config.data or 'the documentation and docstrings of this Python'} ...")
-    documents = data.default_documents() if config.data is None else list(data.read_documents(config.data))
-    train, held_out = data.split_documents(documents, config.held_out)
-    world.say(f"{len(train):,} documents to train on, {len(held_out):,} held out")
-    if named is None:
-        world.say(f"training a vocabulary of {config.vocab_size} ...")
-    encoding = named or tokenizer.train(train, config.vocab_size)
-    eot = tokenizer.eot(encoding)
-    folder.mkdir(parents=True, exist_ok=True)
-    for side, texts in (("train", train), ("validation", held_out)):
-        data.pack(texts, lambda text: tokenizer.encode(encoding, text), eot, encoding.n_vocab, folder / f"{side}.npy")
-    tokenizer.save(encoding, folder / "tokenizer.tiktoken")
-    (folder / "held_out_bytes").write_text(str(sum(len(text.encode()) for text in held_out)))
-
-
-def _fingerprint(*arrays: np.ndarray) -> str:
-    """Of the packed tokens: their lengths and up to a million of them, evenly spaced."""
-    digest = hashlib.sha256()
-    for tokens in arrays:
-        digest.update(f"{len(tokens)} ".encode() + tokens[::max(1, len(tokens) >> 20)].tobytes())
-    return digest.hexdigest()
-
-
-# --- 2. the step ----------------------------------------------------------------------------
+# --- 1. the step ----------------------------------------------------------------------------
 
 def learning_rate(c: TrainConfig, step: int) -> float:
     """Linear warm-up to lr; then half a cosine to min_lr, or flat with a linear decay over the last ``decay_steps``
@@ -283,79 +198,7 @@ def grid_of(c: TrainConfig) -> layout.Grid:
     return layout.Grid(c.dp or 1, c.tp, c.pp, c.cp, c.ep, c.zero, c.offload, c.sequence, c.pipeline)
 
 
-# --- 3. the run -----------------------------------------------------------------------------
-
-def decide(settings: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path | None]:
-    """On rank 0: what this run is. Returns its settings and, if it goes on from there, a checkpoint.
-
-    A resumed run has the settings of its checkpoint under what is given now. Another run in --out is neither
-    continued nor overwritten unasked. After a crash torchrun starts the processes again with the same arguments:
-    then the run goes on, if it is the one that this torchrun began, as the mark in --out tells.
-
-    Raises:
-        ConfigError, CheckpointError: one line that says what to do.
-    """
-    out = Path(settings.out)
-    aligned = [stage for stage in alignment.STAGES if any((_home(out) / stage).glob("step-*"))]
-    goes_on = settings.stage != "pretrain" and settings.data is None
-    if aligned and goes_on and not (settings.resume or settings.overwrite or any(out.glob("step-*"))):
-        raise ConfigError(f"{_home(out) / aligned[0]} already holds a run: --overwrite deletes it, --stage=pretrain "
-                          f"ends before it, --out=DIR writes elsewhere")
-    mark, again = out / ".torchrun", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    restarted = again and mark.exists() and mark.read_text() == _this_torchrun()
-    found = any(out.glob("step-*"))
-    if found and not (settings.resume or settings.overwrite or restarted):
-        raise ConfigError(f"{out} already holds a run ({checkpoint.latest(out).name}): --resume goes on with it, "
-                          f"--overwrite starts again, --out=DIR writes elsewhere")
-    _lock(out)
-    if not found or settings.overwrite and not restarted:
-        if settings.resume:
-            print(f"nothing to resume in {out}: starting from the beginning", flush=True)
-        return settings, None
-    path = checkpoint.latest(out)
-    saved = checkpoint.load(path, parts=())["meta"]
-    for name in FIXED_BY_CHECKPOINT:
-        if name in given and getattr(settings, name) != saved["train_config"].get(name):
-            raise ConfigError(f"{path} was trained with --{name}={saved['train_config'].get(name)}, not "
-                              f"{getattr(settings, name)}; leave the flag out to resume, or give another --out")
-    kept = {field.name for field in dataclasses.fields(TrainConfig)} - given - OF_THE_MACHINE
-    merged = {name: value for name, value in saved["train_config"].items() if name in kept}
-    settings = dataclasses.replace(settings, **merged, resume=True, overwrite=False)
-    if settings.steps < saved["step"]:
-        raise ConfigError(f"{path} has done {saved['step']} steps already; --steps={settings.steps} is less")
-    return settings, path
-
-
-def _this_torchrun() -> str:
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
-def _begin(out: Path, resumed: Path | None) -> None:
-    """Nothing can be refused any more: delete what is to be overwritten, and leave this torchrun's mark."""
-    for old in out.glob("step-*") if resumed is None else ():
-        checkpoint.remove(old)
-    (out / ".torchrun").write_text(_this_torchrun())
-
-
-def _lock(out: Path) -> None:
-    """One run per folder, for as long as this process lives; without file locks (Windows) on the user's honour."""
-    with contextlib.suppress(ImportError):
-        import fcntl
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ConfigError(f"{out} is being written by process {file.read() or '?'}; wait for it, end it, or give "
-                              f"another --out") from None
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
-        _LOCKS[str(out)] = file  # closed, and so unlocked, when the run is over
-
-
-_LOCKS: dict[str, object] = {}
-
+# --- 2. the run -----------------------------------------------------------------------------
 
 def run(settings: TrainConfig, given: set[str]) -> None:
     """Train as configured, from the text to the samples.
@@ -365,7 +208,7 @@ def run(settings: TrainConfig, given: set[str]) -> None:
         SystemExit: 128 + n after signal n, everything saved.
     """
     world = join(settings.device, settings.timeout)
-    settings, resumed = world.first(lambda: decide(settings, given))
+    settings, resumed = world.first(lambda: run_folder.decide(settings, given))
     c, notes = derive(settings, world.size, world.device.type, multiplies_bf16(world.device))
     world.say("\n".join(notes))
     if resumed:
@@ -393,7 +236,7 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     model = recompute.recompute(model if in_parts else model.to(world.device), c.recompute)
     trainer = Trainer(c, model, world, (lambda model: model.initialise(generator)) if in_parts else None)
     first, last_line = _restore(trainer, resumed)
-    world.agree(lambda: _begin(Path(c.out), resumed), here=world.rank == 0)
+    world.agree(lambda: run_folder.begin(Path(c.out), resumed), here=world.rank == 0)
     progress = Progress(trainer, corpus, flops, first, last_line)
     met = "" if active == N else f", {active:,} for a token"
     world.say(f"{c.model} of {N:,} parameters{met}, {c.precision}, {world.size} x {c.device}; matrix products reach "
@@ -412,13 +255,8 @@ def run(settings: TrainConfig, given: set[str]) -> None:
         del trainer, progress, corpus
         world.say("--- from the base model to one that answers ---")
         alignment.run_stages(alignment.AlignConfig(
-            init=c.out, out=str(_home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout, tp=c.tp,
+            init=c.out, out=str(run_folder.home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout, tp=c.tp,
             zero=c.zero, resume=resumed is not None, overwrite=resumed is None and settings.overwrite), world)
-
-
-def _home(out: Path) -> Path:
-    """The directory in which the stages after pretraining have one each: beside out/pretrain, else inside."""
-    return out.parent if out.name == "pretrain" else out
 
 
 def _train(trainer: Trainer, settings: TrainConfig, corpus: Corpus, progress: "Progress", first: int,
@@ -604,9 +442,7 @@ def main(arguments: list[str]) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        for lock in _LOCKS.values():
-            lock.close()
-        _LOCKS.clear()
+        run_folder.unlock()
     return 0
 
 

@@ -57,6 +57,10 @@ COMMANDS = {
     "torchrun --nproc_per_node 2 ring_attention.py --length 512": (
         "torchrun --nproc_per_node 2 ring_attention.py --length 32", "OK, below 1e-12"),
     "python models.py": (None, r"max \|counted - made\| = 0 parameters"),
+    "python corpus.py": (f"python corpus.py --data {TEXT} --vocab_size 280", "decoded tokens = held-out text: True"),
+    "python corpus.py --data 'my/*.txt' --vocab_size 8192": (
+        "python corpus.py --data {tmp}/pages.jsonl --vocab_size 280", "decoded tokens = held-out text: True"),
+    "python run_folder.py": (None, "8 of 8 cases as expected"),
     "python llama.py": ("python llama.py --steps 2", r"max \|cached - uncached logits\| = \d\.\de-0[5-9]"),
     "python moe.py": ("python moe.py --steps 2", "z-loss keeps the logits small: "),
     "python rnn.py": (None, "each above the one before: True"),

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, run_ranks, spawn_ranks
 
+import bert as bert_file
 import parallel
 import tensor_parallel as tp
 from gpt import GPT, GPTConfig
@@ -356,7 +357,86 @@ def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_an_encoder_is_refused_in_one_line():
-    from bert import BERT, BERTConfig
-    with pytest.raises(ValueError, match="only language models .* BERT is none"):
-        tp.tensor_parallel(BERT(BERTConfig(vocab_size=20, context=8, n_layers=1, n_heads=2, d_model=8)))
+# --- BERT ---------------------------------------------------------------------------------------
+
+def bert(task, dropout=0.0, **sizes):
+    sizes = {"vocab_size": V, "context": T, "n_layers": 2, "n_heads": 4, "d_model": 16, "d_ff": 24,
+             "initializer_range": 0.3, "dropout": dropout, "attention_dropout": dropout} | sizes
+    return getattr(bert_file, task)(bert_file.BERTConfig(**sizes), generator=torch.Generator().manual_seed(1)).double()
+
+
+def bert_loss(model, batch, group):
+    """Ragged rows of two segments; of a pre-training model both losses, of the others one of tokens or of rows."""
+    tokens, lengths = batch[:, :-1], torch.tensor([T, T - 3, T, T - 1])
+    real, segments = torch.arange(T) < lengths[:, None], (torch.arange(T) > 3).expand(B, T).long()
+    if isinstance(model, bert_file.BERTForPretraining):
+        hidden = real & (batch[:, 1:] % 3 == 0)
+        masked, following = model(tokens, segments, real, hidden)
+        masked = tp.vocabulary_cross_entropy(masked, tokens[hidden], V, group) if group != "alone" \
+            else F.cross_entropy(masked, tokens[hidden], reduction="none")
+        return masked.mean() + F.cross_entropy(following, batch[:, -1] % 2)
+    logits = model(tokens, segments, real)
+    return F.cross_entropy(logits, batch[:, -1] % 2) if logits.dim() == 2 else F.cross_entropy(logits[real], tokens[real] % 2)
+
+
+def train_bert(model, group, steps=3):
+    optimizer, losses, norms = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), [], []
+    for step, batch in enumerate(batches(steps)):
+        torch.manual_seed(step)
+        loss = bert_loss(model, batch, group)
+        loss.backward()
+        norms.append((nn.utils.clip_grad_norm_(model.parameters(), 0.5) if group == "alone"
+                      else tp.clip_grad_norm(model.parameters(), 0.5, group)).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, {name: tp.whole(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("sequence", (False, True))
+@pytest.mark.parametrize("task, P", (("BERTForPretraining", 2), ("BERTForPretraining", 4), ("BERTClassifier", 2),
+                                     ("BERTSpans", 2), ("BERTTagger", 4)))
+def test_training_bert_matches_one_process(task, P, sequence):
+    """Post-norm, a bias of its own at the tied head, heads that are whole, padding; no number of ranks divides V."""
+    expected = train_bert(bert(task), "alone")
+    results = run_ranks(P, lambda rank: train_bert(tp.tensor_parallel(bert(task), None, sequence), None))
+    for result in results:
+        assert_equal(result, expected)
+    assert min(expected[1]) > 0.5  # clipping was on
+
+
+@pytest.mark.parametrize("sequence", (False, True))
+def test_dropout_of_bert_is_that_of_one_process(sequence):
+    """Also on attention's weights, whose heads are on different ranks."""
+    expected = train_bert(bert("BERTForPretraining", 0.3), "alone")
+    without = train_bert(bert("BERTForPretraining", 0.3, attention_dropout=0.0), "alone")
+    assert abs(expected[0][0] - without[0][0]) > 1e-6
+    for result in spawn_ranks(2, _bert_with_dropout, sequence):
+        assert_equal(result, expected)
+
+
+def _bert_with_dropout(rank, sequence):
+    return train_bert(tp.tensor_parallel(bert("BERTForPretraining", 0.3), None, sequence), None)
+
+
+def test_every_rank_holds_its_share_of_bert():
+    """Encoder matrices, vocabulary and its bias in slices; an encoder alone is cut, too, and gives the whole x."""
+    model = bert("BERT")
+    expected = model.eval()(batches()[0][:, :-1]).detach()
+
+    def part(rank):
+        cut = tp.tensor_parallel(bert("BERTForPretraining"))
+        sizes = {name: tuple(p.shape) for name, p in cut.named_parameters()}
+        return sizes, tp.tensor_parallel(bert("BERT")).eval()(batches()[0][:, :-1]).detach()
+
+    for sizes, x in run_ranks(4, part):
+        assert sizes["bert.token_embedding.weight"] == (6, 16) and sizes["mlm_bias"] == (6,)
+        assert sizes["bert.blocks.1.attention.qkv.weight"] == (12, 16) and sizes["bert.blocks.1.mlp.down.weight"] == (16, 6)
+        torch.testing.assert_close(x, expected, rtol=0, atol=1e-12)
+
+
+def test_a_model_without_a_plan_and_a_bert_that_does_not_fit_are_refused():
+    with pytest.raises(ValueError, match="Linear has no tp_plan: GPT, Llama"):
+        tp.tensor_parallel(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="3 ranks cannot share 4 heads, 4 key and value heads and 24 hidden units"):
+        run_ranks(3, lambda rank: tp.tensor_parallel(bert("BERT")))
