@@ -41,8 +41,9 @@ class AlignmentError(ValueError):
 
 # --- 1. the settings ------------------------------------------------------------------------
 
-def _setting(default, help: str, least: float | None = None, most: float = math.inf):
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
+def _setting(default, help: str, least: float | None = None, most: float = math.inf, choices: tuple = ()):
+    metadata = {"help": help, "least": least, "most": most, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -79,11 +80,19 @@ class AlignConfig:
     dpo_batch: int = _setting(32, "pairs per step", 1)
     dpo_lr: float = _setting(2e-4, "peak learning rate", 0)
     dpo_beta: float = _setting(0.2, "price of a nat of divergence", 0)
+    dpo_kind: str = _setting("sigmoid", "DPO's loss: sigmoid, ipo, or reference_free",
+                             choices=("sigmoid", "ipo", "reference_free"))
+    dpo_label_smoothing: float = _setting(0.0, "probability that a pair's label is wrong (conservative DPO)", 0, 0.49)
     grpo_steps: int = _setting(16, "batches of answers", 1)
     grpo_batch: int = _setting(128, "answers per batch", 2)
     grpo_group: int = _setting(8, "answers to each question", 2)
     grpo_lr: float = _setting(3e-4, "peak learning rate", 0)
     grpo_kl: float = _setting(0.1, "price of a nat of divergence per token", 0)
+    grpo_advantage: str = _setting("std", "a reward less its group's mean, over the group's std (GRPO); mean: not "
+                                          "divided (Dr. GRPO); rloo: less the mean of the others",
+                                   choices=("std", "mean", "rloo"))
+    grpo_length: str = _setting("sequence", "an answer's sum is divided by its own length (GRPO); constant: by "
+                                            "--new_tokens (Dr. GRPO)", choices=("sequence", "constant"))
     evaluation_prompts: int = _setting(1000, "held-out questions answered at the end, at most", 1)
     seed: int = _setting(0, "of the order of examples and of answers", 0)
     device: str | None = _setting(None, "cpu, cuda or mps; derived: the best that is here")
@@ -102,6 +111,10 @@ class AlignConfig:
             if isinstance(value, float) and not math.isfinite(value) or bounded and not least <= value <= most:
                 raise AlignmentError(f"--{field.name} must be a number of at least {least}"
                                      + (f" and at most {most}" if most < math.inf else "") + f", got {value}")
+            if (choices := field.metadata["choices"]) and value not in choices:
+                raise AlignmentError(f"--{field.name} is one of {', '.join(choices)}, got {value}")
+        if self.dpo_label_smoothing and self.dpo_kind == "ipo":
+            raise AlignmentError("--dpo_label_smoothing is not for --dpo_kind=ipo, whose loss knows no probabilities")
         unknown = set(self.chosen()) - set(STAGES)
         if unknown or not self.chosen():
             raise AlignmentError(f"--stages={self.stages}: choose from {','.join(STAGES)}")
@@ -141,6 +154,8 @@ def read_questions(config: AlignConfig, encoding, context: int) -> Questions:
     own = [] if given else labeller.default_questions()
     if given:
         conversations = chat.read_conversations(config.instructions)
+        for c in conversations:  # also those held out: a bad line is named now, not after the training
+            chat.fit_example(encoding, c.messages, context, c.where)
     else:
         conversations = [chat.Conversation([*chat.ask(question), {"role": "assistant", "content": sentence}], question)
                          for question, sentence in own]
@@ -164,8 +179,6 @@ def compare_answers(config: AlignConfig, team, questions: Questions, sft: str | 
         _, aside = chat.split_conversations(as_conversations, config.held_out)
         aside = {conversation.where for conversation in aside}
         return [p for p in pairs if p.where not in aside], [p for p in pairs if p.where in aside]
-    if questions.labeller is None:
-        raise AlignmentError("--instructions has no labeller: give --preferences too, for reward, ppo, dpo and grpo")
     path, world = Path(sft) / "preferences.jsonl", team.world
     if world.first(lambda: not path.exists()):
         model, encoding = stages.read_policy(team, sft)
@@ -173,6 +186,7 @@ def compare_answers(config: AlignConfig, team, questions: Questions, sft: str | 
         for side in (questions.train[:config.pairs], questions.held_out):
             asked += [c.messages[0]["content"] for c in side]
         conversations, both = [chat.ask(question) for question in asked], []
+        world.say(f"{len(asked)} questions are answered twice by {sft} ...")
         for which in (0, 1):
             _, texts = stages.sample_answers(model, encoding, conversations, config, team, (1, which))
             both.append([text for part in team.gather(texts) for text in part])
@@ -187,6 +201,8 @@ def compare_answers(config: AlignConfig, team, questions: Questions, sft: str | 
                   f"{len(lines)} pairs in {path}")
         text = "".join(json.dumps(line) + "\n" for line in lines)
         world.agree(lambda: _write_whole(path, text), here=world.rank == 0)
+    else:
+        world.say(f"answers compared before are used: {path}")
     aside = [json.loads(line)["held_out"] for line in path.read_text().splitlines()]
     if len(set(aside)) < 2:
         raise AlignmentError(f"{path}: of the {len(aside)} pairs none is left to learn from or none to judge by: more "
@@ -285,6 +301,7 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
         ValueError, processes.ProcessError: one line each; what was saved before stays.
         SystemExit: 128 + n after signal n in a stage, which is saved.
     """
+    import chat
     import checkpoint
     import stages
     from team import Team
@@ -294,9 +311,12 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
     init = config.init or str(config.folder("pretrain" if begins_with_sft else "sft"))
     tuned = str(config.folder("sft")) if begins_with_sft else init
     judge = str(config.folder("reward")) if "reward" in chosen else config.reward_model or str(config.folder("reward"))
-    world.first(lambda: _refuse(config, chosen, judge))
+    world.first(lambda: _refuse(config, chosen, init, judge))
     model, encoding = world.agree(lambda: stages.load_policy(init))
-    questions = world.agree(lambda: read_questions(config, encoding, model.config.context))
+    context = model.config.context
+    questions = world.agree(lambda: read_questions(config, encoding, context))
+    if config.preferences is not None and chosen != ["sft"]:  # a bad line is named now, not after the first stage
+        world.agree(lambda: [chat.fit_pair(encoding, p, context) for p in chat.read_preferences(config.preferences)])
     del model
     if config.overwrite and world.rank == 0:
         for stage in chosen:
@@ -344,8 +364,16 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
     return table
 
 
-def _refuse(config: AlignConfig, chosen: list[str], judge: str) -> None:
+def _refuse(config: AlignConfig, chosen: list[str], init: str, judge: str) -> None:
+    if config.instructions is not None and config.preferences is None and chosen != ["sft"]:
+        raise AlignmentError("--instructions has no labeller: give --preferences too, for reward, ppo, dpo and grpo")
+    if config.reward_model is not None and "reward" in chosen:
+        raise AlignmentError(f"--reward_model={config.reward_model} is none if the stage reward trains one: leave out "
+                             "one of them")
+    start = Path(init).resolve()
     for stage in chosen:
+        if config.folder(stage).resolve() in (start, *start.parents):
+            raise AlignmentError(f"--init={init} is where the stage {stage} writes: --out=DIR writes elsewhere")
         if any(config.folder(stage).glob("step-*")) and not (config.resume or config.overwrite):
             raise AlignmentError(f"{config.folder(stage)} already holds a run: --resume goes on with it, --overwrite "
                                  "starts again, --out=DIR writes elsewhere")

@@ -309,7 +309,8 @@ def main(length: int, head_width: int, dtype: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--length", type=int, default=512, help="S; T is S, a third of it, and 1 (default 512)")
     parser.add_argument("--head_width", type=int, default=64, help="Dh (default 64)")

@@ -19,6 +19,7 @@ Test      pytest tests/test_chat.py
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -47,7 +48,7 @@ def extend(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
     """The same encoding with SPECIAL_TOKENS behind its last id; those that it has already keep theirs."""
     special = dict(encoding._special_tokens)
     for token in SPECIAL_TOKENS:
-        special.setdefault(token, max(encoding.max_token_value, *special.values()) + 1)
+        special.setdefault(token, max([encoding.max_token_value, *special.values()]) + 1)
     if len(special) == len(encoding._special_tokens):
         return encoding
     return tiktoken.Encoding(f"{encoding.name.removesuffix('_chat')}_chat", pat_str=encoding._pat_str,
@@ -100,12 +101,15 @@ def render_prompt(encoding: tiktoken.Encoding, messages: Sequence[Message]) -> l
 
 
 def answer_text(encoding: tiktoken.Encoding, tokens: Sequence[int]) -> str:
-    """What an answer's tokens say, up to its <|end|>; special tokens say nothing."""
-    tokens, special = list(tokens), set(encoding._special_tokens.values())
-    end = encoding.encode_single_token(END)
-    tokens = tokens[:tokens.index(end)] if end in tokens else tokens
-    words = [token for token in tokens if token not in special and token <= encoding.max_token_value]
-    return encoding.decode_bytes(words).decode("utf-8", "replace").strip()
+    """What an answer's tokens say, up to its <|end|>; special tokens say nothing, nor do ids that no token has (a model
+    may have rows for such, a vocabulary gaps)."""
+    said, silent, end = [], set(encoding._special_tokens.values()), encoding.encode_single_token(END)
+    for token in tokens:
+        if token == end:
+            break
+        with contextlib.suppress(KeyError):
+            said.append(b"" if token in silent else encoding.decode_single_token_bytes(token))
+    return b"".join(said).decode("utf-8", "replace").strip()
 
 
 def ask(question: str) -> list[Message]:
@@ -214,30 +218,34 @@ def read_preferences(path: str | os.PathLike) -> list[Preference]:
     """{"prompt", "chosen", "rejected"} on each line, as public preference sets ship them: each a text or a list of
     messages, which for the answers may repeat the prompt; or {"prompt", "answers": [best, ..., worst]}.
 
-    Raises ValueError as ``read_conversations``, and for a line whose answers are the same.
+    Raises ValueError as ``read_conversations``, for a line whose answers are the same, and for answers to something
+    else than the prompt.
     """
-    def answer(line: dict, key: str, where: str) -> str:
+    def answer(line: dict, key: str, prompt: list[Message], where: str) -> str:
         if isinstance(line.get(key), list):
-            messages = _messages(line[key], where)
-            if messages[-1]["role"] != "assistant":
-                raise ValueError(f'{where}: "{key}" ends with the {messages[-1]["role"]}, not with the assistant')
-            return messages[-1]["content"]
+            *before, last = _messages(line[key], where)
+            if last["role"] != "assistant":
+                raise ValueError(f'{where}: "{key}" ends with the {last["role"]}, not with the assistant')
+            if before and before != prompt[-len(before):]:
+                raise ValueError(f'{where}: "{key}" goes on from other messages than "prompt": give all before the '
+                                 'answer as "prompt", a list of messages')
+            return last["content"]
         return _text(line, key, where)
 
-    def answers(line: dict, where: str) -> list[str]:
+    def answers(line: dict, prompt: list[Message], where: str) -> list[str]:
         given = line.get("answers")
         if given is None:
-            return [answer(line, key, where) for key in ("chosen", "rejected")]
+            return [answer(line, key, prompt, where) for key in ("chosen", "rejected")]
         if not isinstance(given, list) or len(given) < 2:
             raise ValueError(f'{where}: "answers" is {repr(given)[:40]}, not a list of two or more, the best first')
         names = [f"answers[{i}]" for i in range(len(given))]
-        return [answer(dict(zip(names, given)), name, where) for name in names]
+        return [answer(dict(zip(names, given)), name, prompt, where) for name in names]
 
     def read(line: dict, where: str) -> Preference:
         given = line.get("prompt")
         messages = _messages(given, where) if isinstance(given, list) else ask(_text(line, "prompt", where))
         _check_turns(messages, "user", where)
-        best, *between, worst = found = answers(line, where)
+        best, *between, worst = found = answers(line, messages, where)
         if len(set(found)) < len(found):
             raise ValueError(f"{where}: {'both' if len(found) == 2 else 'two'} answers are the same: correct or remove "
                              "the line")
@@ -300,24 +308,25 @@ def _check_turns(messages: list[Message], last: str, where: str) -> None:
 
 def split_conversations(conversations: Sequence[Conversation],
                         held_out: float = 0.1) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, held out) by a hash of the first message: no question is on both sides. If one side would be empty it
-    gets the conversation whose hash is nearest; ValueError if all begin alike."""
+    """(train, held out) by a hash of the user's first message: no question is on both sides. If one side would be empty
+    it gets the conversation whose hash is nearest; ValueError if all begin alike."""
     def place(conversation: Conversation) -> float:
-        text = json.dumps(conversation.messages[0]).encode()
+        text = json.dumps(next(m for m in conversation.messages if m["role"] == "user")).encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big") / 2**48
 
     places = sorted({place(conversation) for conversation in conversations})
     if len(places) < 2:
-        raise ValueError("to hold some out there must be conversations with different first messages")
+        raise ValueError("to hold some out there must be conversations with different first messages of the user")
     cut = min(max(held_out, places[1]), places[-1])
     return [c for c in conversations if place(c) >= cut], [c for c in conversations if place(c) < cut]
 
 
 # --- 6. demo --------------------------------------------------------------------------------
 
-def main(data: str | None, vocab_size: int, seed: int) -> None:
-    if vocab_size < 257 or not 0 <= seed < 2**63:
-        raise ValueError(f"--vocab_size must be at least 257 and --seed in 0 .. 2^63 - 1, got {vocab_size} and {seed}")
+def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
+    if vocab_size < 257 or context < 64 or not 0 <= seed < 2**63:
+        raise ValueError("--vocab_size must be at least 257, --context at least 64 and --seed in 0 .. 2^63 - 1, got "
+                         f"{vocab_size}, {context} and {seed}")
     import labeller
     import tokenizer
     from gpt import GPT, GPTConfig
@@ -327,7 +336,8 @@ def main(data: str | None, vocab_size: int, seed: int) -> None:
                         for question, sentence in labeller.default_questions())
     else:
         with open(data, encoding="utf-8", errors="replace") as file:
-            pairs = bool({'"chosen"', '"answers"'} & set(re.findall(r'"\w+"', file.readline())))
+            first = next((line for line in file if line.strip()), "")
+            pairs = bool({'"chosen"', '"answers"'} & set(re.findall(r'"\w+"', first)))
         kinds[pairs].extend(read_preferences(data) if pairs else read_conversations(data))
     for kind, found in zip(("conversations", "preferences"), kinds):
         if found:
@@ -335,15 +345,15 @@ def main(data: str | None, vocab_size: int, seed: int) -> None:
     texts = [message["content"] for c in [*kinds[0], *kinds[1]] for message in c.messages]
     encoding = extend(tokenizer.train(texts, vocab_size))
     generator = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size, 128, 2, 4, 64), generator=generator).eval()
+    model = GPT(GPTConfig(vocab_size, context, 2, 4, 64), generator=generator).eval()
     with torch.no_grad():
         before = model(torch.arange(64)[None])  # (1, 64, V)
         resize_vocabulary(model, encoding.n_vocab, generator)
         kept = bool((model(torch.arange(64)[None])[..., :vocab_size] == before).all())
         print(f"special tokens {', '.join(SPECIAL_TOKENS)} = {vocab_size} ... {encoding.n_vocab - 1}; logits of the "
               f"{vocab_size} others as before: {kept} (expected True)")
-        examples = [fit_example(encoding, c.messages, 128, c.where) for c in kinds[0]]
-        examples += [example for pair in kinds[1] for example in fit_pair(encoding, pair, 128)]
+        examples = [fit_example(encoding, c.messages, context, c.where) for c in kinds[0]]
+        examples += [example for pair in kinds[1] for example in fit_pair(encoding, pair, context)]
         lengths, worst = [len(tokens) for tokens, _ in examples], 0.0
         tokens, mask = examples[0]
         print("".join(f"[{text}]" if m else text for m, text in
@@ -365,6 +375,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a file of JSON lines (default: Python's documentation)")
+    parser.add_argument("--context", type=int, default=128, help="tokens that a conversation may have (default 128)")
     parser.add_argument("--vocab_size", type=int, default=1024, help="of the tokenizer to train (default 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default 0)")
     try:

@@ -360,8 +360,9 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, check
 
 
 def export(directory: str | os.PathLike, to: str | os.PathLike) -> None:
-    """Write the model of a checkpoint that train.py made as a Hugging Face directory, its tokenizer beside it."""
+    """Write the model of a checkpoint that train.py made as a Hugging Face directory, with its tokenizer."""
     import models
+    import tokenizer
 
     path = latest(directory)
     saved = load(path, parts=("model",))
@@ -370,8 +371,10 @@ def export(directory: str | os.PathLike, to: str | os.PathLike) -> None:
     except KeyError as error:
         raise CheckpointError(f"{path} does not say what model it is ({error} is missing): train.py's do") from None
     load_states(model, None, saved)
-    model.save_pretrained(to)
-    shutil.copy(path / "tokenizer.tiktoken", to)
+    encoding = tokenizer.load(path / "tokenizer.tiktoken")
+    model.save_pretrained(to, eot=tokenizer.eot(encoding))
+    tokenizer.save(encoding, Path(to) / "tokenizer.tiktoken")
+    tokenizer.save_hugging_face(encoding, to)
     print(f"{path}, step {saved['meta']['step']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"written to {to}")
 

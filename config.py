@@ -43,7 +43,8 @@ class TrainConfig:
     data: str | None = setting(None, "files to train on, e.g. 'my/*.txt' (.txt .md .jsonl[.gz] .warc.wet[.gz]); "
                                      "derived: Python's own documentation")
     held_out: float = setting(0.05, "share of the documents that is kept for validation", least=0.001, below=1)
-    tokenizer: str = setting("train", "'train' a vocabulary on the text, or a tiktoken name, or a file")
+    tokenizer: str = setting("train", "'train' a vocabulary on the text; or a tiktoken name, a file, or a folder with "
+                                         "vocab.json and merges.txt")
     vocab_size: int = setting(2048, "size of the vocabulary to train, end-of-text included", least=257)
     # the model
     model: str = setting("gpt", "gpt.py's GPT-2, llama.py's Llama 3, or Llama with moe.py's experts",
@@ -113,7 +114,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "tiny_cpu": {},  # the defaults: three minutes on two cores
+    "tiny_cpu": {},  # the defaults: two minutes on two cores
     "llama_tiny": dict(model="llama", n_kv_heads=2),
     "moe_tiny": dict(model="moe", n_kv_heads=2, d_ff=128),
     # Llama 3.2 1B's sizes with another vocabulary; 20 tokens per parameter (Hoffmann et al. 2022).
@@ -131,7 +132,7 @@ PRESETS = {
 FIXED_BY_CHECKPOINT = ("data", "held_out", "tokenizer", "vocab_size", "model", "context", "n_layers", "n_heads",
                        "n_kv_heads", "d_model", "d_ff", "n_experts", "experts_per_token", "batch_tokens", "seed")
 # What belongs to the machine and the moment: never taken from a checkpoint.
-OF_THE_MACHINE = {"stage", "device", "dp", "tp", "pp", "cp", "ep", "zero", "offload", "sequence", "pipeline",
+OF_THE_MACHINE = {"device", "dp", "tp", "pp", "cp", "ep", "zero", "offload", "sequence", "pipeline",
                   "recompute", "micro_batch", "compile", "timeout", "out", "resume", "overwrite"}
 
 
@@ -162,18 +163,19 @@ def parse(arguments: list[str], description: str) -> tuple[TrainConfig, set[str]
     Raises:
         ConfigError: for an unknown flag (with the nearest known one) or a value that cannot be.
     """
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           allow_abbrev=False)
+    parser = OneLineParser(description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny_cpu", help="sizes to start from (default tiny_cpu)")
     for field in dataclasses.fields(TrainConfig):
         text = field.metadata["help"] + (f" (default {field.default})" if field.default is not None else "")
         kind = {"int": whole_number, "float": float, "str": str}.get(_type_name(field))
         if kind is None:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=None,
-                                help=field.metadata["help"])
+                                help=text)
         else:
             parser.add_argument(f"--{field.name}", type=kind, help=text.replace("%", "%%"),
-                                choices=field.metadata["choices"] or None, metavar=_type_name(field).upper())
+                                choices=field.metadata["choices"] or None,
+                                metavar=None if field.metadata["choices"] else _type_name(field).upper())
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]

@@ -92,7 +92,7 @@ def _pack_corpus(config, folder: Path, resumed: Path | None, world) -> None:
         named = None if config.tokenizer == "train" and not resumed else \
             tokenizer.load(resumed / "tokenizer.tiktoken" if resumed else config.tokenizer)
     except ValueError as error:
-        raise ConfigError(f"--tokenizer={config.tokenizer}: {error}") from None
+        raise ConfigError(f"--tokenizer={config.tokenizer}: {error}; or --tokenizer=train") from None
     world.say(f"reading {config.data or 'the documentation and docstrings of this Python'} ...")
     documents = data.default_documents() if config.data is None else list(data.read_documents(config.data))
     train, held_out = data.split_documents(documents, config.held_out)

@@ -94,7 +94,8 @@ def main(out: str, files: int, pages: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--out", metavar="FOLDER", default="crawl", help="for the files (default %(default)s/)")
     parser.add_argument("--files", type=int, default=4, help="how many (default %(default)s)")

@@ -493,7 +493,8 @@ def main(crawl: str | None, out: str | None, explain: bool, **options) -> None:
 def start(arguments: list[str]) -> None:
     """As a program, of this file and of data.py."""
     name = os.path.basename(sys.argv[0])
-    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(name, description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{name}: {message}\n")  # one line, no usage
     parser.add_argument("crawl", nargs="?", help="files, such as 'crawl/*.warc.wet.gz' (default: made up)")
     parser.add_argument("--out", metavar="FOLDER", help="for the shards and .report.json; new, empty, or to go on in")

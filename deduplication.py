@@ -452,7 +452,8 @@ def main(documents: int, permutations: int, threshold: float, seed: int) -> None
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--documents", type=int, default=1500, help="planted (default %(default)s)")
     parser.add_argument("--permutations", type=int, default=128, help="k (default %(default)s)")

@@ -388,7 +388,8 @@ def main(encoder: str | None, examples: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", metavar="DIR", help="a folder with config.json, model.safetensors and vocab.txt")
+    parser.add_argument("--encoder", metavar="DIR", help="with config.json, model.safetensors and vocab.txt "
+                        "(default: weights drawn at random)")
     parser.add_argument("--examples", type=int, default=500, help="labelled rows of each task (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of examples, weights and order (default %(default)s)")
     try:

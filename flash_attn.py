@@ -590,9 +590,11 @@ def main(lengths: list[int], heads: int, head_width: int, dtype: str, device: st
         raise ValueError("--device cuda: torch finds no CUDA device; leave it out to run on the CPU")
     if plot:
         try:
-            from matplotlib import pyplot
+            from matplotlib.figure import Figure
         except ImportError:
             raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        figure = Figure((10, 4), layout="constrained")
+        figure.savefig(plot)  # a path that cannot be written fails now, not in the end
     lengths, generator = sorted(lengths), torch.Generator().manual_seed(0)
     row = torch.randn(1000, generator=generator)
     print(f"softmax of 1000 numbers in one pass, 7 at a time: differs from torch's by "
@@ -627,10 +629,11 @@ def main(lengths: list[int], heads: int, head_width: int, dtype: str, device: st
                              for a, b in zip(results["tiled"], results["torch"])))
         print(f"{T:6}" + "".join("{:9.1f} {:7.1f}M".format(*table[name][-1]) for name in methods), flush=True)
     if plot:
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-        for axis, title, column in zip(axes, ("milliseconds", "MB beyond the inputs"), (0, 1)):
+        for axis, title, column in zip(figure.subplots(1, 2), ("milliseconds", "MB beyond the inputs"), (0, 1)):
             for name in methods:
                 axis.loglog(lengths, [values[column] for values in table[name]], marker="o", label=name)
+            axis.set_xticks(lengths, lengths)
+            axis.minorticks_off()
             axis.set(xlabel="T", title=title)
             axis.legend()
         figure.savefig(plot)
@@ -644,7 +647,8 @@ def main(lengths: list[int], heads: int, head_width: int, dtype: str, device: st
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], metavar="T",
                         help="default 256 512 1024 2048 4096")

@@ -615,7 +615,8 @@ def main(length: int, heads: int, head_width: int, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--length", type=int, default=2048, help="T = S (default 2048)")
     parser.add_argument("--heads", type=int, default=8, help="heads (default 8)")

@@ -282,9 +282,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()  # --help, and nothing to set
+    argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         main()
     except KeyboardInterrupt:

@@ -92,8 +92,7 @@ def show_measure(tokens: float = TOKENS, plot: str | None = None, seed: int = 0)
     least = 40 * BATCH * CONTEXT  # twenty steps at the first mark
     if not least <= tokens < 1e9:
         raise ValueError(f"--tokens must be at least {least} for a law, and below 1e9 for this machine, got {tokens:g}")
-    if plot:
-        scaling.save_figure(scaling.figure()[0], plot)  # a path that cannot be written fails now, not in the end
+    picture = scaling.figure(plot) if plot else None
     start, marks = time.perf_counter(), [int(tokens * share) for share in (0.5, 0.7, 1)]
     train, validation = data.split_documents(data.default_documents())
     encoding = tokenizer.train(train, VOCABULARY)
@@ -124,8 +123,8 @@ def show_measure(tokens: float = TOKENS, plot: str | None = None, seed: int = 0)
     print(f"predicted before it is trained: {N:,} parameters ({N / runs[:, 0].max():.1f} times the largest), "
           f"{D:,} tokens: {predicted:.4f}", flush=True)
     actual = train_width(TARGET, line, held_out, marks[-1:], cores, seed)[0][2]
-    if plot:
-        figure, axes = scaling.figure()
+    if picture:
+        figure, axes = picture
         sizes = np.geomspace(runs[0, 0], N, 50)
         for tokens_seen in np.unique(runs[:, 1]):
             points = runs[runs[:, 1] == tokens_seen]
@@ -140,7 +139,8 @@ def show_measure(tokens: float = TOKENS, plot: str | None = None, seed: int = 0)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--tokens", type=float, default=TOKENS, help="of each run (default %(default)g)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")

@@ -445,4 +445,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not 1 <= options.processes <= 4096:
         parser.exit(2, f"layout.py: --processes must be 1 .. 4096, got {options.processes}\n")
-    main(**vars(options))
+    try:
+        main(**vars(options))
+    except KeyboardInterrupt:
+        parser.exit(130)

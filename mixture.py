@@ -127,8 +127,9 @@ class Mixture:
         if set(sources) != set(shares) or not sources:
             raise ValueError(f"sources {', '.join(sources) or 'none'}, but shares of {', '.join(shares) or 'none'}: "
                              "want the same names, at least one")
-        if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) <= 0:
-            raise ValueError(f"shares must be positive and add up to 1, they add up to {sum(shares.values()):.6g}")
+        least, total = min(shares.values()), sum(shares.values())
+        if not (least > 0 and abs(total - 1) <= 1e-6):  # NaN is refused, too
+            raise ValueError(f"shares must be positive and add up to 1, the least is {least:.3g}, the sum {total:.6g}")
         if block < 1 or not 0 <= seed < 2**32:
             raise ValueError(f"block must be >= 1 and seed in [0, 2^32), got {block} and {seed}")
         self.sources, self.seed, self.block = dict(sources), seed, block
@@ -181,9 +182,12 @@ def _numbers(text: str | None, what: str) -> dict[str, float] | None:
     """"a=0.5,b=2" -> {"a": 0.5, "b": 2.0}."""
     try:
         parts = [part.partition("=") for part in text.split(",")] if text else []
-        return {name.strip(): float(value) for name, _, value in parts} or None
+        found = {name.strip(): float(value) for name, _, value in parts}
+        if len(found) < len(parts):
+            raise ValueError
+        return found or None
     except ValueError:
-        raise ValueError(f"--{what} {text!r}: want name=number,name=number") from None
+        raise ValueError(f"--{what} {text!r}: want name=number,name=number, each name once") from None
 
 
 def _python_itself() -> dict[str, list[str]]:
@@ -203,8 +207,10 @@ def main(data: str | None, weights: str | None, epochs: str | None, temperature:
     from data import TokenWindows, pack, read_documents
     wanted = _numbers(weights, "weights"), _numbers(epochs, "epochs"), temperature
     parts = [part.partition("=") for part in data.split(",")] if data else []
-    if examples < 1 or not all(name and files for name, _, files in parts):
-        raise ValueError(f"--examples {examples}, --data {data!r}: want at least 1, and name=files,name=files")
+    names = {name for name, _, files in parts if name and files}
+    if examples < 1 or len(names) < len(parts):
+        raise ValueError(f"--examples {examples}, --data {data!r}: want at least 1, and name=files,name=files, "
+                         "each name once")
     texts = {name: list(read_documents(files)) for name, _, files in parts} or _python_itself()
     sources = {name: TokenWindows(pack(documents, lambda text: list(text.encode()), 256, 257), context, seed)
                for name, documents in texts.items()}

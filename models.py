@@ -11,8 +11,10 @@ Test      pytest tests/test_models.py
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,4 +134,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # --help, and nothing to set
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

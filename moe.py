@@ -432,19 +432,28 @@ def model_size(model: nn.Module, context: int | None = None) -> Size:
 
 # --- 6. demo --------------------------------------------------------------------------------
 
-def _draw(shares: dict[str, Tensor], path: str) -> None:
-    """Shares of the visits to each expert over training, (steps, E), as stacked areas."""
+def _figure(path: str):
+    """An empty picture, written once: what cannot be drawn is known before the work, not after it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure, window = Figure((3.2 * len(shares), 3.2), layout="constrained"), 1 + min(map(len, shares.values())) // 12
+    figure = Figure((12.8, 3.2), layout="constrained")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        raise ValueError(f"{path}: cannot be drawn: {error}") from None
+    return figure
+
+
+def _draw(figure, shares: dict[str, Tensor]) -> None:
+    """Shares of the visits to each expert over training, (steps, E), as stacked areas."""
+    window = 1 + min(map(len, shares.values())) // 12
     for axes, (way, share) in zip(figure.subplots(1, len(shares), sharey=True), shares.items()):
         share = share.unfold(0, window, 1).mean(-1)  # over some steps: a batch is small
         axes.stackplot(range(window, window + len(share)), share.T.numpy())
         axes.set(title=f"with {way}", xlabel=f"step (means of {window})", ylim=(0, 1), xmargin=0)
     figure.axes[0].set_ylabel("share of the visits to each expert, layer 1")
-    figure.savefig(path, dpi=100)
 
 
 def main(steps: int, n_experts: int, k: int, seed: int, plot: str | None = None) -> None:
@@ -452,6 +461,7 @@ def main(steps: int, n_experts: int, k: int, seed: int, plot: str | None = None)
         raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
     from llama import Llama, LlamaConfig, next_token_loss
 
+    figure = _figure(plot) if plot else None
     text = torch.tensor(list(subprocess.check_output([sys.executable, "-m", "this"])))  # (857,) bytes
     config = LlamaConfig(128, 32, 2, 4, 4, 64, 64, rope_base=1e4, tied=True)
     ways = {"nothing": {}, "balancing loss": {"balance": 0.05}, "bias": {"router": "sigmoid"}, "z-loss": {"z": 0.01}}
@@ -484,7 +494,9 @@ def main(steps: int, n_experts: int, k: int, seed: int, plot: str | None = None)
                 print(f"{way:15} {step:4}   {loss:5.2f}   {largest[way]:23.2f}   {shown}")
         busiest[way] = share.amax().item() * n_experts
     if plot:
-        _draw({way: torch.stack(shares).cpu() for way, shares in drawn.items()}, plot)
+        _draw(figure, {way: torch.stack(shares).cpu() for way, shares in drawn.items()})
+        figure.savefig(plot, dpi=100)
+        print(f"drawn: {plot}")
     print("busiest expert, times its fair share: " + ", ".join(f"{way} {busiest[way]:.2f}" for way in ways))
     balanced = max(busiest["balancing loss"], busiest["bias"]) < busiest["nothing"]
     print(f"balancing loss and bias spread the visits: {balanced} (expected True);   z-loss keeps the logits small: "

@@ -178,9 +178,9 @@ def show_overoptimisation(kl: float, steps: int, pairs: int, seed: int, plot: st
 
     Raises ValueError for settings that cannot be, and for a picture that cannot be drawn.
     """
-    if not 0 <= kl < 1e6 or min(steps, pairs) < 1 or not 0 <= seed < 2**63:
-        raise ValueError("--kl must be in [0, 1e6), --steps and --pairs at least 1, --seed in 0 .. 2^63 - 1, got "
-                         f"{kl}, {steps}, {pairs} and {seed}")
+    if not 0 <= kl < 1e6 or steps < 1 or not 1 <= pairs <= 100_000 or not 0 <= seed < 2**63:
+        raise ValueError("--kl must be in [0, 1e6), --steps at least 1, --pairs in 1 .. 100000, --seed in 0 .. 2^63 - 1"
+                         f", got {kl}, {steps}, {pairs} and {seed}")
     if plot:
         try:
             from matplotlib.figure import Figure

@@ -21,6 +21,7 @@ Test      pytest tests/test_packing.py
 """
 
 import argparse
+import contextlib
 import hashlib
 import heapq
 import os
@@ -29,6 +30,8 @@ import struct
 import sys
 import tempfile
 import uuid
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -69,7 +72,7 @@ class ShardWriter:
     def __init__(self, path: str | os.PathLike, vocab_size: int):
         if not 1 <= vocab_size < 2**32:
             raise ValueError(f"vocab_size must be in [1, 2^32), got {vocab_size}")
-        self.path, self.vocab_size, self.ends, self.n_tokens = os.fspath(path), vocab_size, [], 0
+        self.path, self.vocab_size, self.ends, self.n_tokens = os.fspath(path), vocab_size, array("Q"), 0
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._beside, self._hash = f"{self.path}.{uuid.uuid4().hex}.tmp", hashlib.blake2b(digest_size=16)
 
@@ -121,7 +124,8 @@ class ShardWriter:
         except OSError as failure:
             raise self._unwritable(failure) from None
         finally:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk, which is said already, fails once more
+                self._file.close()
             Path(self._beside).unlink(missing_ok=True)
 
 
@@ -296,7 +300,7 @@ def pack_best_fit(lengths: np.ndarray, context: int) -> np.ndarray:
     whether heap s holds any, so that the least space >= n is the lowest set bit from n on."""
     _, document, start, length = _pieces(lengths, context, crossing=False)
     order, rows, n_rows = np.argsort(-length, kind="stable"), [], 0
-    heaps, occupied = [[] for _ in range(context + 1)], 0
+    heaps, occupied = defaultdict(list), 0
     for n in length[order].tolist():
         if fitting := occupied >> n:
             space = n + (fitting & -fitting).bit_length() - 1
@@ -420,12 +424,15 @@ class DocumentAttention:
 
 def main(data: str | None, context: int, held_out: float, seed: int, out: str | None) -> None:
     from data import default_documents, read_documents
+    if context < 1 or not 0 <= seed < 2**32:  # asked before anything is written
+        raise ValueError(f"--context must be at least 1 and --seed in [0, 2^32), got {context} and {seed}")
     documents: Iterator[str] = iter(default_documents()) if data is None else read_documents(data)
     eot = 256  # the bytes are tokens 0 to 255, so that the demo needs no tokenizer
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "tokens") if out is None else Path(out)
-        train, validation = write_split(folder, documents, lambda text: list(text.encode()), eot, 257, held_out)
-        both = {bytes(map(int, d[:-1])) for d in train} & {bytes(map(int, d[:-1])) for d in validation}
+        train, validation = write_split(folder, documents, lambda text: np.frombuffer(text.encode(), dtype=np.uint8),
+                                        eot, eot + 1, held_out)
+        both = set.intersection(*({_digest(document.tobytes()) for document in side} for side in (train, validation)))
         print(f"{train.path}: {len(train):,} documents, {len(train.tokens):,} tokens, "
               f"{os.path.getsize(train.path):,} bytes")
         print(f"{validation.path}: {len(validation):,} documents, {len(validation.tokens):,} tokens; "
@@ -433,31 +440,33 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
 
         lengths = train.lengths
         print(f"context {context}: {'contexts':>9}{'waste':>9}{'torn':>6}   (documents cut that would have fitted)")
-        for name, way in WAYS.items():
-            plan = way(lengths, context)
+        plans = {name: way(lengths, context) for name, way in WAYS.items()}
+        for name, plan in plans.items():
             print(f"  {name:12}{plan[-1, 0] + 1:9,}{waste(plan, context):9.2%}{torn(plan, lengths, context):6,}")
-        plan = pack_best_fit(lengths, context)
         few = lengths[:200]
         same = np.array_equal(pack_best_fit(few, context), pack_best_fit_naive(few, context))
         print(f"best fit, naive = fast: {same} (expected True)")
 
-        contexts = PackedContexts(train, plan, context, eot, seed)
-        targets = torch.cat([contexts.batch(j, 1)[1].flatten() for j in range(len(contexts))])
-        counted = torch.bincount(targets[targets != IGNORED], minlength=257).numpy()
-        once = np.array_equal(counted, np.bincount(train.tokens, minlength=257))
-        ids = contexts.batch(0, len(contexts))[2]
-        mask = block_diagonal_mask(ids[ids.max(1).values.argmax()][None])
-        print(f"a context holds up to {ids.max() + 1} documents; there the mask lets {mask.float().mean():.1%} of the "
-              f"pairs through, a causal one {(context + 1) / (2 * context):.1%}")
+        contexts, counted, most = PackedContexts(train, plans["best_fit"], context, eot, seed), 0, np.empty(0)
+        for j in range(len(contexts)):  # one at a time: the tokens may be more than memory holds
+            _, targets, ids = (x[0].numpy() for x in contexts.batch(j, 1))  # (T,) each
+            counted = counted + np.bincount(targets[targets != IGNORED], minlength=eot + 1)
+            sizes = np.bincount(ids[ids >= 0])  # tokens of each document in this context
+            most = max(most, sizes, key=len)
+        once = np.array_equal(counted, sum(np.bincount(document, minlength=eot + 1) for document in train))
+        seen = (most * (most + 1)).sum() / (2 * context**2)
+        print(f"a context holds up to {len(most)} documents; there block_diagonal_mask lets {seen:.1%} of the pairs "
+              f"through, a causal one {(context + 1) / (2 * context):.1%}")
 
-        copy = Path(scratch, "flipped.tokens")
-        damaged = bytearray(Path(train.path).read_bytes())
-        damaged[len(damaged) // 2] ^= 1
-        copy.write_bytes(damaged)
+        flipped = Path(scratch, "flipped.tokens")
+        write_shard(flipped, [train[0]], eot + 1)
+        damaged = bytearray(flipped.read_bytes())
+        damaged[HEADER_BYTES] ^= 1
+        flipped.write_bytes(damaged)
         try:
-            refused = not open_shard(copy)
+            refused = not open_shard(flipped)
         except ShardError as error:
-            refused = str(copy) in str(error)
+            refused = str(flipped) in str(error)
         print(f"every token a target exactly once: {once}; a flipped bit is refused by name: {refused}")
 
 
@@ -471,7 +480,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", metavar="FOLDER", help="write train.tokens and validation.tokens there")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"packing.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -499,7 +499,8 @@ def main(pairs: str | None, language: str | None, count: int, seed: int) -> None
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--pairs", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")

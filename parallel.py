@@ -23,9 +23,10 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -427,16 +428,25 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.destroy_process_group()
 
 
+def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
+    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
+    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
+    signal.signal(signal.SIGINT, handler)
+    while not ranks.join():
+        pass
+
+
 def main() -> None:
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=64, help="samples per step over all ranks")
-    parser.add_argument("--width", type=int, default=256, help="width of the network")
-    parser.add_argument("--bucket_mb", type=float, default=0.25, help="bucket size in 2^20 bytes")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun (default 2)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default 40)")
+    parser.add_argument("--batch", type=int, default=64, help="samples per step over all ranks (default 64)")
+    parser.add_argument("--width", type=int, default=256, help="width of the network (default 256)")
+    parser.add_argument("--bucket_mb", type=float, default=0.25, help="bucket size in 2^20 bytes (default 0.25)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
     parser.add_argument("--communication", action="store_true", help="print what each kind sends, instead")
     options = parser.parse_args()
     if options.communication:
@@ -453,13 +463,14 @@ def main() -> None:
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        torch.multiprocessing.spawn(_demo, (P, options, (Path(folder) / "ranks").as_uri()), nprocs=P)
+        _start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
 
 
 if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"parallel.py: {error}")
+        print(f"parallel.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -386,7 +387,7 @@ def _demo(rank: int, options: argparse.Namespace, ranks: list, rendezvous: str) 
     say(draw_text(measured))
     if options.plot and rank == 0:
         draw(options.plot, {f"{options.schedule}, measured": measured})
-        print(f"drawn in {options.plot}")
+        print(f"drawn: {options.plot}")
     say("step   one process   pipeline   (expected first: about ln 64 = 4.159)")
     for step in (0, len(batches) - 1):
         say(f"{step:4d} {losses[step]:13.6f} {piped[step]:10.6f}")
@@ -397,20 +398,30 @@ def _demo(rank: int, options: argparse.Namespace, ranks: list, rendezvous: str) 
     dist.destroy_process_group()
 
 
+def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
+    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
+    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
+    signal.signal(signal.SIGINT, handler)
+    while not ranks.join():
+        pass
+
+
 def main() -> None:
     import pipeline_schedules as schedules
 
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedule", choices=schedules.SCHEDULES, default="1f1b", help="order of the operations")
-    parser.add_argument("--stages", type=int, default=2, help="ranks of the pipeline")
-    parser.add_argument("--microbatches", type=int, default=4, help="of a step")
-    parser.add_argument("--chunks", type=int, default=1, help="stages a rank, for the interleaved schedule")
+    parser.add_argument("--schedule", choices=schedules.SCHEDULES, default="1f1b",
+                        help="order of the operations (default 1f1b)")
+    parser.add_argument("--stages", type=int, default=2, help="ranks of the pipeline (default 2)")
+    parser.add_argument("--microbatches", type=int, default=4, help="of a step (default 4)")
+    parser.add_argument("--chunks", type=int, default=1, help="stages a rank, for interleaved (default 1)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the measured timeline (needs matplotlib)")
     parser.add_argument("--simulate", action="store_true", help="run nothing: predict a 175B model on --ranks GPUs")
-    parser.add_argument("--ranks", type=int, default=4096, help="GPUs to simulate")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
+    parser.add_argument("--ranks", type=int, default=4096, help="GPUs to simulate (default 4096)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
     options = parser.parse_args()
     if options.simulate:
         try:
@@ -435,7 +446,7 @@ def main() -> None:
           f"{schedules.bubble_formula(options.schedule, P, M, V):.4f}")
     print(schedules.draw_text(times))
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        torch.multiprocessing.spawn(_demo, (options, ranks, (Path(folder) / "ranks").as_uri()), nprocs=P)
+        _start_ranks(_demo, (options, ranks, (Path(folder) / "ranks").as_uri()), P)
 
 
 if __name__ == "__main__":

@@ -188,13 +188,13 @@ def draw_text(times: list[Timed], width: int = 100) -> str:
 
 
 def draw(path: str, timelines: dict[str, list[Timed]]) -> None:
-    """Named timelines as Gantt charts, one below the other, to a picture file. Needs matplotlib."""
+    """Named timelines as Gantt charts on one axis of time, one below the other, to a picture file. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     ranks = [1 + max(t.rank for t in times) for times in timelines.values()]
     figure = Figure((12, sum(0.35 * P + 0.8 for P in ranks)), layout="constrained")
-    colours = {"F": "tab:blue", "B": "tab:orange", "I": "tab:orange", "W": "tab:green"}
-    all_axes = figure.subplots(len(ranks), 1, squeeze=False, height_ratios=ranks)[:, 0]
+    colours = {"F": "tab:blue", "B": "tab:orange", "I": "tab:red", "W": "tab:green"}
+    all_axes = figure.subplots(len(ranks), 1, squeeze=False, sharex=True, height_ratios=ranks)[:, 0]
     for axes, P, (name, times) in zip(all_axes, ranks, timelines.items()):
         for t in times:
             axes.barh(t.rank, t.end - t.start, left=t.start, color=colours[t.op.kind], edgecolor="white")
@@ -346,7 +346,7 @@ def main() -> None:
         for name in SCHEDULES:
             V = 2 if name == "interleaved" else 1
             ranks = schedule(name, options.ranks, options.microbatches, V)
-            times = timeline(ranks)
+            times = timeline(ranks, lambda op: unit_seconds(op) / V)  # a rank's stages together do the same work
             found, expected = bubble(times), bubble_formula(name, options.ranks, options.microbatches, V)
             exact = {"interleaved": options.microbatches % options.ranks == 0,
                      "zb": options.microbatches >= options.ranks}.get(name, True)

@@ -393,7 +393,7 @@ def show_plan(name: str, gpus: int = 1024, gpu: str = "h100", tokens: float = 1e
     best = found[0]
     print("\nseconds of the best: " + ", ".join(f"{part} {s:.2f}" for part, s in best.seconds.items() if s >= 0.005))
     if plot:
-        figure, axes = scaling.figure()
+        figure, axes = scaling.figure(plot)
         names, left = [str(e.layout) for e in found[:10]], [0.0] * len(found[:10])
         for part in best.seconds:
             widths = [e.seconds[part] for e in found[:10]]
@@ -423,7 +423,7 @@ def show_validation(plot: str | None = None) -> None:
         print(f"{run.name:37}{'':8}{o.tp:2} {o.pp:2} {o.cp:2} {o.dp:3} {e.bytes / 1e9:6.0f} {e.mfu:8.1%}{compared}"
               f"  {run.source}")
     if plot:
-        figure, axes = scaling.figure()
+        figure, axes = scaling.figure(plot)
         axes.plot(*zip(*pairs), "o")
         axes.plot([0.2, 0.6], [0.2, 0.6], "k-", [0.2, 0.6], [0.24, 0.72], "k:", [0.2, 0.6], [0.16, 0.48], "k:")
         axes.set(xlabel="published MFU", ylabel="planned MFU (dotted: 20 % off)")
@@ -443,7 +443,8 @@ def main(plan: str | None, validate: bool, **flags: str | float | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--plan", metavar="MODEL", help="rank the layouts of a model, such as llama3_405b")
     parser.add_argument("--gpus", type=int, help="chips of the cluster (default 1024)")

@@ -398,7 +398,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200, help="of each training (default %(default)s)")
     parser.add_argument("--scale", type=float, default=2.0**20, help="of the static one (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default %(default)s)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the histogram of gradients there")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the histogram of gradients (needs matplotlib)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:

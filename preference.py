@@ -46,11 +46,14 @@ class ScoreHead(nn.Linear):
     """x (..., D) -> (..., 1), through a language model's last norm.
 
     The norm is not called but applied: a tensor-parallel one has a hook that prepares for a head cut over ranks, and
-    this head is whole. The head is called: ZeRO's hook on it gathers both.
+    this head is whole. The head is called: ZeRO's hook on it gathers both. One number of bf16 has no more than 8 bits,
+    too few to tell two good answers apart: the product is taken in fp32 or finer.
     """
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return super().forward(norm.forward(x))
+        x = norm.forward(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class RewardModel(nn.Module):
@@ -86,7 +89,6 @@ class RewardModel(nn.Module):
         for block in self.model.blocks:
             x = block(x)
         scores = self.score(x, self.model.norm)[..., 0]  # (B, T)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return scores if padding is None else shift_rows(scores, padding)
 
     def scores(self, tokens: Tensor, last: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -135,7 +137,7 @@ def ranking_loss(scores: Tensor, count: float | Tensor | None = None) -> Tensor:
     """
     if scores.dim() != 2:
         raise ValueError(f"scores must be (N, K), got shape {tuple(scores.shape)}")
-    real = scores > -math.inf
+    real = scores != -math.inf  # a score that is NaN stays one
     scores = scores.masked_fill(~real, -1e30)  # finite: the gradient of logsumexp over nothing but -inf is NaN
     rest = scores.flip(1).logcumsumexp(1).flip(1)  # (N, K): log sum_{j >= k} exp r_j
     return _mean((rest - scores).where(real, 0).sum(1), count)
@@ -169,12 +171,14 @@ class Calibration:
 def calibration(chosen: Tensor, rejected: Tensor, bins: int = 10) -> Calibration:
     """Confidence against accuracy on pairs that were held out, scores (N,) each.   Guo et al. 2017, section 2
 
-    Raises ValueError without a pair or a bin.
+    Raises ValueError without a pair or a bin, and for scores that are not finite.
     """
     _same_shape(1, chosen=chosen, rejected=rejected)
     if not len(chosen) or bins < 1:
         raise ValueError(f"calibration needs a pair and a bin, got {len(chosen)} pairs and {bins} bins")
-    difference = (chosen - rejected).double()
+    difference = chosen.double() - rejected.double()
+    if not difference.isfinite().all():
+        raise ValueError(f"pairs {(~difference.isfinite()).nonzero()[:10, 0].tolist()} have a score that is not finite")
     right = (difference > 0).double() + 0.5 * (difference == 0)
     confidence = torch.sigmoid(difference.abs())
     bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
@@ -229,9 +233,9 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: T
 # --- 3. demo ---------------------------------------------------------------------------------------------
 
 def main(pairs: int, beta: float, seed: int) -> None:
-    if pairs < 100 or not 0 < beta < 1e6 or not 0 <= seed < 2**63:
-        raise ValueError(f"--pairs must be at least 100, --beta positive and --seed in 0 .. 2^63 - 1, got {pairs}, "
-                         f"{beta} and {seed}")
+    if not 100 <= pairs <= 10_000_000 or not 0 < beta < 1e6 or not 0 <= seed < 2**63:
+        raise ValueError("--pairs must be in 100 .. 10000000, --beta in (0, 1e6) and --seed in 0 .. 2^63 - 1, got "
+                         f"{pairs}, {beta} and {seed}")
     generator, N = torch.Generator().manual_seed(seed), 8
     reward = torch.randn(N, generator=generator)  # of eight answers to one prompt; only the labeller knows it
     reference = torch.randn(N, generator=generator).log_softmax(0)

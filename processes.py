@@ -15,9 +15,11 @@ import argparse
 import contextlib
 import ctypes
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -136,6 +138,31 @@ def join(device: str | None = None, timeout: int = 600) -> World:
     return World(rank, size, local_rank, local_size, mine, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
+@contextlib.contextmanager
+def noting_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
+    """Inside, Ctrl-C and a polite kill only fill the list that this yields; a second Ctrl-C interrupts."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # others cannot have handlers
+        yield received
+        return
+    moment = [0.0]
+
+    def note(number, frame):
+        if not received:
+            moment[0] = time.monotonic()
+            say("stopping after this step ... (Ctrl-C again: at once, without saving)")
+        elif number == signal.SIGINT and time.monotonic() - moment[0] > 2:  # sooner it is torchrun passing it on
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # --- 2. what the machine can do -------------------------------------------------------------
 
 def keep_freed_memory() -> None:
@@ -189,10 +216,13 @@ def main(device: str | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--device", help="cpu, cuda or mps; default: the best that is here")
     try:
         main(**vars(parser.parse_args()))
+    except KeyboardInterrupt:
+        parser.exit(130)
     except ProcessError as error:
         parser.error(str(error))

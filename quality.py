@@ -472,7 +472,8 @@ def main(data: str | None, trusted: str | None, bad_words: str | None, examples:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--data", help="pages: files as for data.py (default: Python's own documentation)")
     parser.add_argument("--trusted", help="text of the quality that is wanted (default: its help topics)")

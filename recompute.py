@@ -13,7 +13,7 @@ Omits     keeping the products and recomputing what is cheap (Korthikanti's sele
           of activations, a choice of layers by cost (Chen et al. 2016's square root of L).
 Run       python recompute.py                       bytes kept and time of a step, each way, 20 s
           python recompute.py --context 512         longer texts
-          python train.py --recompute block         a training run with it
+          python train.py --recompute block --out out/block   a training run with it
 Test      pytest tests/test_recompute.py
 """
 
@@ -186,7 +186,7 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=256, help="of the model, a multiple of 8 (default 256)")
     parser.add_argument("--context", type=int, default=256, help="tokens of a text (default 256)")
     parser.add_argument("--rounds", type=int, default=10, help="steps to time (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens (default 0)")
     options = parser.parse_args()
     if min(options.layers, options.context, options.rounds) < 1 or options.width < 8 or options.width % 8:
         parser.exit(2, "recompute.py: --layers, --context and --rounds must be positive, --width a multiple of 8\n")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -308,13 +309,22 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.destroy_process_group()
 
 
+def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
+    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
+    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
+    signal.signal(signal.SIGINT, handler)
+    while not ranks.join():
+        pass
+
+
 def main() -> None:
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun")
-    parser.add_argument("--length", type=int, default=768, help="of the text, a multiple of 2 * ranks")
-    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun (default 2)")
+    parser.add_argument("--length", type=int, default=768, help="of the text, a multiple of 2 * ranks (default 768)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data (default 0)")
     options = parser.parse_args()
     started_by_torchrun = "RANK" in os.environ
     P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
@@ -324,7 +334,7 @@ def main() -> None:
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        torch.multiprocessing.spawn(_demo, (P, options, (Path(folder) / "ranks").as_uri()), nprocs=P)
+        _start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
 
 
 if __name__ == "__main__":

@@ -209,8 +209,9 @@ class AdaptiveKL:
         self.coefficient, self.target, self.horizon = coefficient, target, horizon
 
     def update(self, kl: float, answers: int) -> float:
-        """The next coefficient, after so many answers at a mean KL(policy || reference), in nats per answer. Over
-        ``horizon`` answers it moves by about 20 % at most."""
+        """The next coefficient, at most 20 % off, after so many answers of a mean KL(policy || reference) in nats."""
+        if not (math.isfinite(kl) and 0 <= answers <= self.horizon):
+            raise ValueError(f"kl must be finite and answers in 0 .. {self.horizon}, got {kl} and {answers}")
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coefficient *= 1 + error * answers / self.horizon
         return self.coefficient
@@ -260,23 +261,23 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     ``scale=False`` does not divide: else prompts that are nearly always or never solved weigh most.   Liu et al. 2025
     (Dr. GRPO, 2503.20783)
     """
-    _groups(rewards)
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = _less_mean(rewards)
     return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-6) if scale else centred
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
     """Rewards (N, G), each less the mean of the G - 1 others: a baseline that does not depend on the answer itself,
     so the gradient stays unbiased.   Kool et al. 2019; Ahmadian et al. 2024"""
-    _groups(rewards)
-    G = rewards.size(1)
-    return (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
+    return _less_mean(rewards) * rewards.size(1) / (rewards.size(1) - 1)
 
 
-def _groups(rewards: Tensor) -> None:
+def _less_mean(rewards: Tensor) -> Tensor:
+    """Rows less their means; where all are equal exactly 0: rounded, 0.1 less the mean of three times 0.1 is not."""
     if rewards.dim() != 2 or rewards.size(1) < 2 or not rewards.isfinite().all():
         raise ValueError("rewards must be finite and (N, G) with G at least 2 answers to compare, got shape "
                          f"{tuple(rewards.shape)}" + ("" if rewards.isfinite().all() else ", some not finite"))
+    rewards = rewards - rewards[:, :1]
+    return rewards - rewards.mean(1, keepdim=True)
 
 
 def grpo_loss(new: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, mask: Tensor, clip: float = 0.2,
@@ -342,9 +343,11 @@ class PPOConfig:
     def __post_init__(self):
         if isinstance(self.truncated, str) and self.truncated not in ("judged", "bootstrapped"):
             raise ValueError(f'truncated is "judged", "bootstrapped" or a score, got {self.truncated!r}')
-        if min(self.epochs, self.minibatches) < 1 or not 0 < self.clip < 1 or not self.temperature > 0:
-            raise ValueError("epochs and minibatches must be at least 1, clip in (0, 1), temperature positive, got "
-                             f"{self.epochs}, {self.minibatches}, {self.clip} and {self.temperature}")
+        limits = self.temperature, self.max_gradient, self.score_clip, self.value_clip, self.stop_kl
+        if (min(self.epochs, self.minibatches) < 1 or not 0 < self.clip < 1 or not 0 <= self.gamma <= 1
+                or not 0 <= self.lam <= 1 or not all(limit is None or limit > 0 for limit in limits)):
+            raise ValueError("epochs and minibatches must be at least 1, clip in (0, 1), gamma and lam in [0, 1], "
+                             f"temperature, max_gradient and other limits positive, got {self}")
 
 
 @dataclass
@@ -376,9 +379,8 @@ def ppo_targets(value: nn.Module, batch: Experience, config: PPOConfig,
                 sum_over_ranks: Callable[[Tensor], Tensor] = lambda total: total) -> tuple[Tensor, Tensor, Tensor]:
     """(advantages, returns, values), (B, T) each, by the critic as it is: a preference.RewardModel."""
     b, c, bootstrapped = batch, config, config.truncated == "bootstrapped"
-    limit = math.inf if c.score_clip is None else c.score_clip
     _refuse_answers(b.scores, b.mask)  # before what is infinite is clipped
-    scores = b.scores.clamp(-limit, limit)
+    scores = b.scores if c.score_clip is None else b.scores.clamp(-c.score_clip, c.score_clip)
     if c.truncated != "judged":
         scores = scores.masked_fill(~b.terminated, 0.0 if bootstrapped else c.truncated)
     rewards = per_token_reward(scores, b.log_probs, b.reference, b.mask, c.kl_coefficient)
@@ -426,9 +428,8 @@ def ppo_update(policy: nn.Module, value: nn.Module, optimizer: torch.optim.Optim
     first, everywhere = rows or (0, len(batch.tokens))
     if config.minibatches > everywhere:
         raise ValueError(f"{everywhere} answers cannot be cut into {config.minibatches} minibatches")
-    if clip is None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        clip = lambda most: nn.utils.clip_grad_norm_(parameters, most)  # noqa: E731
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    clip = clip or (lambda most: nn.utils.clip_grad_norm_(parameters, most))
     targets = ppo_targets(value, batch, config, sum_over_ranks)
     steps = []
     with evaluating(policy), evaluating(value):

@@ -213,7 +213,7 @@ def _draw(path: str, norms: dict[str, Tensor]) -> None:
     axes.set(title="vanishing gradients", xlabel="steps between input and output", ylabel="gradient norm")
     axes.legend()
     figure.savefig(path, dpi=120)
-    print(f"\ndrawn in {path}")
+    print(f"\ndrawn: {path}")
 
 
 def main(d_model: int, distance: int, batch: int, seed: int, plot: str | None) -> None:
@@ -245,7 +245,8 @@ def main(d_model: int, distance: int, batch: int, seed: int, plot: str | None) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--d_model", type=int, default=64, help="width of inputs and states (default 64)")
     parser.add_argument("--distance", type=int, default=40, help="steps between input and output (default 40)")

@@ -367,7 +367,7 @@ def main(pairs: str | None, language: str | None, attention: str, steps: int, sa
         i = min(range(len(test)), key=lambda i: abs(len(test[i].source) - 15))
         _draw(figure, by_length, attentions[i], *test[i][:3])
         figure.savefig(plot, dpi=120)
-        print(f"\ndrawn in {plot}")
+        print(f"\ndrawn: {plot}")
     if any(pair.sure for pair in test):
         looked = [attention_links(a) for a in attentions]
         diagonal = [{(t * len(p.source) // len(p.target), t) for t in range(len(p.target))} for p in test]
@@ -379,7 +379,8 @@ def main(pairs: str | None, language: str | None, attention: str, steps: int, sa
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--pairs", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
@@ -390,7 +391,8 @@ if __name__ == "__main__":
                         "by the end of training (default 0: teacher forcing)")
     parser.add_argument("--translate", dest="text", help="a sentence to translate after training")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus, initial weights and batches (default 0)")
-    parser.add_argument("--plot", help="draw BLEU by length and an attention matrix into this file")
+    parser.add_argument("--plot", metavar="FILE.png",
+                        help="draw BLEU by length and an attention matrix (needs matplotlib)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:
         main(**vars(parser.parse_args()))

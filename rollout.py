@@ -1,8 +1,8 @@
 """Rollouts: a policy answers many prompts at once, and keeps the log-probability of every token that it drew.
 
 Idea      Reinforcement learning spends most of its time writing answers. Prompts of any lengths share a batch and a
-          key-value cache; every step computes one token for each answer that goes on; answers that have ended leave the
-          batch. Each answer draws from random numbers of its own, so it does not depend on who stands beside it.
+          key-value cache; every step computes one token for each answer that goes on; those that have ended leave the
+          batch at once. Each answer draws from random numbers of its own: it does not depend on who stands beside it.
 Formula   x_t = min {v : sum_{w <= v} p(w | x_<t) >= u_t},  u_t uniform on [0, 1):  x_t ~ p     (inverse transform)
           p = softmax(logits / temperature);   temperature 0: x_t = argmax logits
 Shapes    prompts, B rows of any lengths -> tokens (B, T) int64, mask (B, T), log_probs (B, T), terminated (B,).
@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-SPARE = 0.75  # rows leave the cache when fewer than this share of them goes on: to copy it each step would cost more
+PADDED = 0.15  # share of padding, at most, among prompts that go through the model together
 
 
 @contextlib.contextmanager
@@ -118,6 +118,9 @@ def _padded(rows: list[list[int]], log_probs: list[list[float]], starts: list[in
     lengths = torch.tensor([len(row) for row in rows], device=device)
     tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
     log_p = torch.tensor([row + [0.0] * (T - len(row)) for row in log_probs], device=device)  # (B, T)
+    diverged = (~log_p.isfinite().all(1)).nonzero()[:10, 0].tolist()
+    if diverged:
+        raise ValueError(f"the model's logits are not finite for prompts {diverged}: it has diverged")
     places = torch.arange(T, device=device)
     mask = (places >= torch.tensor(starts, device=device)[:, None]) & (places < lengths[:, None])  # (B, T)
     ended = torch.tensor([row[-1] in stop_tokens for row in rows], device=device)
@@ -144,7 +147,8 @@ def generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new
             outside, once: here a layer is asked for every token.
 
     Raises:
-        ValueError: without prompts, or one that is empty, fills the context, or has ids outside the vocabulary.
+        ValueError: without prompts; for one that is empty, fills the context, or has ids outside the vocabulary; for
+            logits that are not finite.
     """
     _checked(model, prompts, max_new_tokens, temperature)
     device, stop_tokens = next(model.parameters()).device, set(stop_tokens)
@@ -154,53 +158,96 @@ def generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new
     with evaluating(model):
         for begin in range(0, len(order), batch):
             some = order[begin:begin + batch]
-            for i, new, log_p in _answer(model, [rows[i] for i in some], uniforms[some], max_new_tokens, temperature,
-                                         stop_tokens, whole_logits):
-                rows[some[i]] += new
-                log_probs[some[i]] += log_p
+            found = _answer(model, [rows[i] for i in some], uniforms[some], max_new_tokens, temperature, stop_tokens,
+                            whole_logits)
+            for i, (new, log_p) in zip(some, found):
+                rows[i] += new
+                log_probs[i] += log_p
     return _padded(rows, log_probs, [len(prompt) for prompt in prompts], stop_tokens, device)
 
 
 def _answer(model: nn.Module, prompts: list[list[int]], uniforms: Tensor, most: int, temperature: float,
-            stop_tokens: set[int], whole_logits: Callable) -> Iterator[tuple[int, list[int], list[float]]]:
-    """Yields (row, its new tokens, their log-probs), rows that were drawn longest last."""
-    device, context, longest = uniforms.device, model.config.context, max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
+            stop_tokens: set[int], whole_logits: Callable) -> Iterator[tuple[list[int], list[float]]]:
+    """Yields the new tokens of each prompt and their log-probs; prompts by length, shortest first."""
+    device, context, longest = uniforms.device, model.config.context, len(prompts[-1])
     limits = torch.tensor([min(most, context - len(prompt)) for prompt in prompts], device=device)  # (B,)
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=device)
-    tokens = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts)], device=device)  # (B, T)
-    last_step, tightest = int(limits.max()), context - longest
+    last_step, here = int(limits.max()), torch.arange(len(prompts), device=device)  # the rows that are in the cache
     cache = model.new_cache(len(prompts), longest + last_step)
-    if any(padding):
-        cache.padding = torch.tensor(padding, device=device)
     drawn = torch.zeros(len(prompts), last_step, dtype=torch.long, device=device)
     log_p = torch.zeros(len(prompts), last_step, device=device)
-    ends = torch.zeros(len(prompts), dtype=torch.long, device=device)  # number of new tokens, once that is known
-    here = torch.arange(len(prompts), device=device)  # the rows that are in the cache
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # which of those have not ended
+    ends = torch.zeros_like(here)  # number of new tokens, once that is known
+    x = _read(model, prompts, cache, device)  # (B, 1, D)
     for n in range(last_step):
-        start = cache.begin(tokens.size(1))
-        x = model.embed(tokens, start)  # (B, T, D), then (B, 1, D)
-        for block, layer_cache in zip(model.blocks, cache.layers):
-            x = block(x, start, layer_cache)
-        logits = whole_logits(model.head(x[:, -1:])[:, 0]).float()  # (B, V): of one position, not the prompt's
+        logits = whole_logits(model.head(x)[:, 0]).float()  # (B, V)
         new = draw_tokens(logits, uniforms[here, n], temperature)  # (B,)
         drawn[here, n] = new
         log_p[here, n] = logits.gather(1, new[:, None])[:, 0] - logits.logsumexp(1)
-        ended = torch.isin(new, stops) | (n + 1 >= limits[here])
-        ends[here[going & ended]] = n + 1
-        going &= ~ended
+        going = ~torch.isin(new, stops) & (n + 1 < limits[here])
         count = int(going.sum())
-        if not count:
-            break
-        # One whose context is full must leave: it has no next position.
-        if count < (SPARE * len(here) if n + 1 < tightest else len(here)):
-            keep = going.nonzero()[:, 0]
-            cache.select(keep)
-            here, new, going = here[keep], new[keep], going[keep]
-        tokens = new[:, None]  # (B, 1)
-    for i, (new, values, end) in enumerate(zip(drawn.tolist(), log_p.tolist(), ends.tolist())):
-        yield i, new[:end], values[:end]
+        if count < len(here):
+            ends[here[~going]] = n + 1
+            if not count:
+                break
+            order = _leave(cache, going, count)
+            here, new = here[order], new[order]
+        start = cache.begin(1)
+        x = model.embed(new[:, None], start)  # (B, 1, D)
+        for block, layer in zip(model.blocks, cache.layers):
+            x = block(x, start, layer)
+    for new, values, end in zip(drawn.tolist(), log_p.tolist(), ends.tolist()):
+        yield new[:end], values[:end]
+
+
+def _read(model: nn.Module, prompts: list[list[int]], cache, device: torch.device) -> Tensor:
+    """Fill the cache with the prompts, all ending in the same slot; x of their last tokens, (B, 1, D). Only prompts of
+    like length go through the model together: of 4 to 64 tokens, all at once would be half padding."""
+    found, longest, begin = [], len(prompts[-1]), 0
+    for end in _ends_of_alike([len(prompt) for prompt in prompts]):
+        some, T = prompts[begin:end], len(prompts[end - 1])
+        part, padding = model.new_cache(len(some), T), [T - len(prompt) for prompt in some]
+        for layer, whole in zip(part.layers, cache.layers):  # a window on the cache
+            layer.k, layer.v = (x[begin:end, :, longest - T:longest] for x in (whole.k, whole.v))
+            for x in (whole.k, whole.v):  # nobody looks at what stands before it, but 0 x NaN is NaN
+                x[begin:end, :, :longest - T] = 0
+        if any(padding):
+            part.padding = torch.tensor(padding, device=device)
+        start = part.begin(T)
+        x = model.embed(torch.tensor([[0] * n + prompt for n, prompt in zip(padding, some)], device=device), start)
+        for block, layer in zip(model.blocks, part.layers):
+            x = block(x, start, layer)  # (B', T, D)
+        found.append(x[:, -1:])
+        begin = end
+    for layer in cache.layers:
+        layer.length = longest
+    if len(prompts[0]) < longest:
+        cache.padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    return torch.cat(found)
+
+
+def _ends_of_alike(lengths: list[int]) -> list[int]:
+    """Where to cut ascending lengths, so that each part padded to its longest is padding to PADDED at most."""
+    ends, begin = [], 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or 1 - sum(lengths[begin:end + 1]) / ((end + 1 - begin) * lengths[end]) > PADDED:
+            ends.append(end)
+            begin = end
+    return ends
+
+
+def _leave(cache, going: Tensor, count: int) -> Tensor:
+    """Leave ``count`` rows in the cache, those that go on; returns which, (count,). The last of them move to where
+    others have ended: nothing else is copied."""
+    order = torch.arange(count, device=going.device)
+    free = (~going[:count]).nonzero()[:, 0]
+    order[free] = count + going[count:].nonzero()[:, 0]
+    for layer in cache.layers:
+        for x in (layer.k, layer.v):
+            x[free, :, :layer.length] = x[order[free], :, :layer.length]
+        layer.k, layer.v = layer.k[:count], layer.v[:count]
+    if cache.padding is not None:
+        cache.padding = cache.padding[order]
+    return order
 
 
 # --- 3. demo --------------------------------------------------------------------------------

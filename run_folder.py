@@ -28,7 +28,7 @@ _LOCKS: dict[str, object] = {}  # folder -> the open file that holds its lock
 
 
 def decide(settings, given: set[str]) -> tuple:
-    """On rank 0: what this run is. Returns its settings, a config.TrainConfig, and the checkpoint to go on from or None.
+    """On rank 0: what this run is. Returns a config.TrainConfig, and the checkpoint to go on from or None.
 
     A resumed run has the settings of its checkpoint under what is given now. Another run in --out is neither
     continued nor overwritten unasked. After a crash torchrun starts the processes again with the same arguments:

@@ -400,22 +400,24 @@ def pick(table: dict, name: str, what: str):
     return table[name]
 
 
-def figure():
-    """(figure, axes) of matplotlib; ValueError, in one line, where it is missing."""
+def figure(path: str):
+    """(figure, axes) of matplotlib, written to a path while it is empty: a ValueError, in one line, for what cannot be
+    drawn comes before the work, not after it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     drawn = Figure(figsize=(9, 5), layout="constrained")
+    try:
+        drawn.savefig(path)
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        raise ValueError(f"{path}: cannot be drawn: {error}") from None
     return drawn, drawn.add_subplot()
 
 
 def save_figure(drawn, path: str) -> None:
-    """Write a figure; ValueError for a format or a folder that cannot be."""
-    try:
-        drawn.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be drawn: {error}") from None
+    """Write a figure that ``figure`` made, and say so."""
+    drawn.savefig(path)
     print(f"drawn: {path}")
 
 
@@ -498,7 +500,8 @@ def main(**flags: str | float | bool | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--gpu", help=f"one of {', '.join(ACCELERATORS)} (default h100)")
     parser.add_argument("--gpus", type=int, help="how many (default 8; 1024 to --plan)")

@@ -387,6 +387,7 @@ def show_fit(source: str, plot: str | None = None, samples: int = 40) -> None:
     """Three methods on a CSV, or on points of the published law ("chinchilla")."""
     import scaling
 
+    picture = scaling.figure(plot) if plot else None
     known = source == "chinchilla"
     runs = sample_runs(CHINCHILLA, noise=0.002) if known else read_runs(source)
     print(f"{len(runs)} runs, N from {runs[:, 0].min():.3g} to {runs[:, 0].max():.3g}, "
@@ -409,8 +410,8 @@ def show_fit(source: str, plot: str | None = None, samples: int = 40) -> None:
     for C in (1e21, 1e23, 1e25) if runs[:, 0].max() > 1e8 else (1e15, 1e17, 1e19):
         N, D = law.optimum(C)
         print(f"  {C:.0e} FLOPs: N = {N:.3g}, D = {D:.3g}, loss {law.loss(N, D):.4f}")
-    if plot:
-        figure, axes = scaling.figure()
+    if picture:
+        figure, axes = picture
         profiles = iso_flop_profiles(runs)
         for C, N, loss, parabola in profiles[::max(1, len(profiles) // 6)]:
             color = axes.plot(N, loss, "o")[0].get_color()
@@ -432,7 +433,8 @@ def main(fit: str | None, plot: str | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--fit", metavar="FILE.csv",
                         help="fit laws to columns N, D, loss ('chinchilla': to points of its law)")

@@ -40,7 +40,7 @@ class School:
         self.end, self.blank = puzzles.ids_of(puzzles.END)[0], puzzles.ids_of(" ")[0]
         self.separators = puzzles.ids_of("0123456789" + puzzles.WAIT + puzzles.END_THINK)  # every token ends a step
         self.before, self.asked = max(11, level + 6), 2 * level + 2  # tokens of a prompt's two parts
-        self.longest = level + 8  # tokens of an answer with every step, and two to spare
+        self.longest = level + 11  # tokens of an answer with every step, and four pauses
 
     def prompt(self, question: str, before: str = "") -> list[int]:
         """An example or an earlier answer (or nothing), then the question, each filled up with blanks to one width: a
@@ -64,13 +64,19 @@ class School:
         question, and a model that had learned all the others was still at chance there."""
         return "".join((puzzle.question[0], *puzzle.steps))
 
-    def follow_up(self, puzzle) -> list[int]:
-        """A prompt after something: an earlier answer (half of them), or thinking that goes on after a pause or two."""
+    def next_turn(self, puzzle, response: Sequence[int]) -> list[int]:
+        """The prompt after a response, now an earlier answer. Its pauses are left out: so everything has its place."""
+        return self.prompt(puzzle.question, self.puzzles.text_of(response).replace(self.puzzles.WAIT, ""))
+
+    def follow_up(self, puzzle, response: Sequence[int]) -> list[int]:
+        """A prompt after a response: the next turn (half of them, and after any that has not ended thinking), or its
+        thinking goes on after a pause or two."""
+        said = self.puzzles.text_of(response)
         waits = max(0, int(torch.randint(-1, 3, (), generator=self.generator)))
-        if not waits:
-            return self.prompt(puzzle.question, self.draft(puzzle))
-        said = self.puzzles.THINK + self.reasoning(puzzle) + self.puzzles.WAIT * waits
-        return self.prompt(puzzle.question) + self.puzzles.ids_of(said)
+        if not waits or self.puzzles.END_THINK not in said:
+            return self.next_turn(puzzle, response)
+        thinking = said[:said.index(self.puzzles.END_THINK)] + self.puzzles.WAIT * waits
+        return self.prompt(puzzle.question) + self.puzzles.ids_of(thinking)
 
     def lessons(self, count: int) -> list:
         """Problems to learn from: three in four of the highest level, which show most steps in a row of tokens."""
@@ -95,18 +101,18 @@ class School:
             steps.append(str((int(step) + off) % 10))
         return self.puzzles.write_answer("".join(steps), steps[-1])
 
-    def corpus(self, count: int, worked: float = 0.3, plain: float = 0.2) -> Rows:
-        """What is found in the world: answers with steps, without, and without even tags; some after an example, some
-        after an earlier answer to the same question, some with a pause or two before thinking ends."""
+    def corpus(self, count: int, worked: float = 0.2, plain: float = 0.2) -> Rows:
+        """What is found in the world: answers with steps, without, and without even tags; some after an example. Of
+        those with steps half stand after an earlier answer to the same question, some pause before thinking ends."""
         prompts, responses = [], []
         draws = torch.rand(3, count, generator=self.generator).tolist()
         for puzzle, style, context, pause in zip(self.problems(count), *draws):
             has_steps, is_plain = style < worked, style > 1 - plain
             before = (self.shot(has_steps) if context < 0.25 and not is_plain
-                      else self.draft(puzzle) if context > 0.7 and has_steps else "")
+                      else self.draft(puzzle) if context > 0.5 and has_steps else "")
             reasoning = self.reasoning(puzzle) if has_steps else ""
-            if has_steps and pause < 0.2:
-                reasoning += self.puzzles.WAIT * (1 + (pause < 0.1))
+            if has_steps:
+                reasoning += self.puzzles.WAIT * sum(pause < least for least in (0.4, 0.2, 0.1, 0.05))
             prompts.append(self.prompt(puzzle.question, before))
             responses.append(self.response(puzzle.answer if is_plain else puzzle.solution(reasoning)))
         return prompts, responses

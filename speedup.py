@@ -105,7 +105,7 @@ def main(repeats: int, plot: str | None) -> None:
     print("measured here: " + ", ".join(f"{n} threads {s * 1e3:.1f} ms" for n, s in zip(threads, seconds)))
     if plot:
         import scaling
-        drawn, axes = scaling.figure()
+        drawn, axes = scaling.figure(plot)
         for serial in (0.001, 0.01, 0.1):
             axes.loglog(processors, [amdahl_speedup(serial, p) for p in processors], label=f"Amdahl, s = {serial}")
             axes.loglog(processors, [gustafson_speedup(serial, p) for p in processors], "--",
@@ -119,7 +119,8 @@ def main(repeats: int, plot: str | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--repeats", type=int, default=5,
                         help="of each measurement; the fastest counts (default %(default)s)")

@@ -18,15 +18,12 @@ Test      pytest tests/test_stages.py
 """
 
 import argparse
-import contextlib
 import json
 import math
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -77,31 +74,6 @@ def read_reward_model(team, directory: str | Path):
 
 # --- 2. the loop ----------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def noting_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
-    """Inside, Ctrl-C and a polite kill only fill the list that this yields; a second Ctrl-C interrupts."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # others cannot have handlers
-        yield received
-        return
-    moment = [0.0]
-
-    def note(number, frame):
-        if not received:
-            moment[0] = time.monotonic()
-            say("stopping after this step ... (Ctrl-C again: at once, without saving)")
-        elif number == signal.SIGINT and time.monotonic() - moment[0] > 2:  # sooner it is torchrun passing it on
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Stage:
     """One stage's loop: what is trained, its optimizer, checkpoints, metrics.
 
@@ -146,9 +118,11 @@ class Stage:
 
         Raises SystemExit, 128 + n, after signal n (Ctrl-C, a polite kill) on any process: the step in work is saved.
         """
+        from processes import noting_signals
         c, world, folder = self.config, self.world, self.config.folder(self.name)
         first, lines = self._resume(), []
         every, began = c.save_every or max(1, self.total // 5), time.perf_counter()
+        said = began
         for module in self.parts.values():
             module.train()
         with noting_signals(world.say) as received:
@@ -161,8 +135,9 @@ class Stage:
                 line = {"step": step + 1, "lr": lr} | learn(step)
                 lines.append(line)
                 done, last = step + 1, step + 1 == self.total
-                if done == first + 1 or last or done % max(1, self.total // 8) == 0:
-                    spent = time.perf_counter() - began
+                now = time.perf_counter()
+                if done == first + 1 or last or done % max(1, self.total // 8) == 0 or now - said > 10:
+                    spent, said = now - began, now
                     left = timedelta(seconds=round(spent / (done - first) * (self.total - done)))
                     shown = "  ".join(f"{key} {value:.3g}" for key, value in line.items() if key not in ("step", "lr"))
                     world.say(f"{self.name} {done:>5}/{self.total}  {shown}  ETA {left}")
@@ -404,12 +379,15 @@ def run_grpo(config, team, questions, pairs: tuple[list, list], init: str, rewar
             found, _ = sample_answers(model, encoding, asked, config, team, (4, step))
         scores = scores_of(judge, found)
         everywhere = torch.cat([x.to(scores) for x in team.gather(scores.cpu())])  # groups may lie across processes
-        advantages = rlhf.group_advantages(everywhere.view(-1, G)).flatten()[team.share(len(asked))]
+        advantages = rlhf.rloo_advantages(everywhere.view(-1, G)) if config.grpo_advantage == "rloo" else \
+            rlhf.group_advantages(everywhere.view(-1, G), scale=config.grpo_advantage == "std")  # (questions, G)
+        advantages = advantages.flatten()[team.share(len(asked))]
         under_reference, mask = answer_log_probs(reference, found, team), found.mask
         with rlhf.evaluating(model):
             new = team.log_probs(model, found.tokens) * mask
         # One step per batch: the policy that answered is the policy that learns, so every ratio is 1.
-        loss = rlhf.grpo_loss(new, new.detach(), under_reference, advantages, mask, kl=config.grpo_kl, count=len(asked))
+        loss = rlhf.grpo_loss(new, new.detach(), under_reference, advantages, mask, kl=config.grpo_kl,
+                              length=config.grpo_length, max_length=config.new_tokens, count=len(asked))
         kl, length = team.sum([((new - under_reference) * mask).sum().item(), mask.sum().item()])
         means = {"score": everywhere.mean().item(), "kl": kl / len(asked), "length": length / len(asked)}
         return stage.step(loss) | means
@@ -419,11 +397,14 @@ def run_grpo(config, team, questions, pairs: tuple[list, list], init: str, rewar
 
 def run_dpo(config, team, pairs: tuple[list, list], init: str) -> None:
     """DPO from ranked answers alone (of pairs it is preference.dpo_loss); the reference's log-probs are computed once,
-    before the first step."""
+    before the first step. IPO and smoothed labels are losses of pairs: ValueError for a longer ranking."""
     import preference
     import rlhf
     model, encoding = read_policy(team, init)
     train = _fit_rankings(team, encoding, pairs[0], model.config.context)
+    of_pairs = config.dpo_kind == "ipo" or config.dpo_label_smoothing > 0
+    if of_pairs and (longest := max(map(len, train))) > 2:
+        raise ValueError(f"--dpo_kind=ipo and --dpo_label_smoothing compare two answers, --preferences ranks {longest}")
     at = _epochs([sum(len(tokens) for tokens, _ in ranking) for ranking in train], config.dpo_batch, config.seed)
     total = config.dpo_epochs * max(1, len(train) // config.dpo_batch)
     stage = Stage("dpo", config, team, encoding, {"model": model}, total, config.dpo_lr)
@@ -433,6 +414,8 @@ def run_dpo(config, team, pairs: tuple[list, list], init: str) -> None:
         return (team.log_probs(model, tokens) * mask).sum(1)  # (answers,)
 
     def by_reference() -> Sequence[Tensor]:
+        if config.dpo_kind == "reference_free":  # to it every answer is equally likely
+            return [torch.zeros(len(ranking), device=team.world.device) for ranking in train]
         mine = train[team.share(len(train))]
         with torch.no_grad(), rlhf.evaluating(model), stage.trained.gathered():
             parts = [of_answers(mine[i:i + 32]).cpu() for i in range(0, len(mine), 32)]
@@ -445,9 +428,11 @@ def run_dpo(config, team, pairs: tuple[list, list], init: str) -> None:
         batch = at(step)
         mine, counts = team.deal(batch)  # numbers of rankings
         rankings = [train[i] for i in mine]
-        implicit = preference.implicit_reward(of_answers(rankings), torch.cat([reference[i] for i in mine]),
-                                              config.dpo_beta)
-        loss, *right = _ranking_loss(implicit, rankings, len(batch))
+        policy, kept = of_answers(rankings), torch.cat([reference[i] for i in mine])  # (answers,)
+        loss, *right = _ranking_loss(preference.implicit_reward(policy, kept, config.dpo_beta), rankings, len(batch))
+        if of_pairs:
+            loss = preference.dpo_loss(policy[::2], policy[1::2], kept[::2], kept[1::2], config.dpo_beta,
+                                       config.dpo_label_smoothing, config.dpo_kind, len(batch))
         right, seen = team.sum([counts * x for x in right])
         return stage.step(counts * loss) | {"accuracy": right / seen}
 

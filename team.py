@@ -16,6 +16,7 @@ Test      pytest tests/test_team.py
 import argparse
 import contextlib
 import math
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -243,11 +244,20 @@ def _demo(rank: int, steps: int, seed: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
+def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
+    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
+    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
+    signal.signal(signal.SIGINT, handler)
+    while not ranks.join():
+        pass
+
+
 def main(steps: int, seed: int) -> None:
     if steps < 1 or not 0 <= seed < 2**63:
         raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
     with tempfile.TemporaryDirectory() as folder:  # the processes meet through a file: no port to be taken
-        torch.multiprocessing.spawn(_demo, (steps, seed, (Path(folder) / "ranks").as_uri()), nprocs=2)
+        _start_ranks(_demo, (steps, seed, (Path(folder) / "ranks").as_uri()), 2)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -364,8 +365,9 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None, se
     """Cut a model of the contract, the same on every rank, in place, by its ``tp_plan``; returns it.
 
     Afterwards ``model(tokens)`` gives (B, T, Vp), this rank's slice of the logits, for
-    ``vocabulary_cross_entropy`` (so do BERT's hidden tokens; what else an encoder gives is whole on every rank); every rank gets the same tokens and, with dropout, the same seed. A vocabulary
-    that P does not divide is padded with zeros that nothing reads. Key and value heads fewer than ranks are copied.
+    ``vocabulary_cross_entropy`` (so do BERT's hidden tokens; what else an encoder gives is whole on every rank);
+    every rank gets the same tokens and, with dropout, the same seed. A vocabulary that P does not divide is padded
+    with zeros that nothing reads. Key and value heads fewer than ranks are copied.
 
     Args:
         sequence: also divide norms, dropout and residuals, over T, which P must divide.
@@ -503,15 +505,25 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.destroy_process_group()
 
 
+def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
+    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
+    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
+    signal.signal(signal.SIGINT, handler)
+    while not ranks.join():
+        pass
+
+
 def main() -> None:
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun (1, 2 or 4)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps")
-    parser.add_argument("--width", type=int, default=64, help="width of the model, a multiple of 4")
+    parser.add_argument("--ranks", type=int, default=2,
+                        help="processes to start, if not under torchrun: 1, 2 or 4 (default 2)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default 10)")
+    parser.add_argument("--width", type=int, default=64, help="width of the model, a multiple of 4 (default 64)")
     parser.add_argument("--sequence", action="store_true", help="divide the norms' work, too")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
     options = parser.parse_args()
     started_by_torchrun = "RANK" in os.environ
     P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
@@ -522,7 +534,7 @@ def main() -> None:
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        torch.multiprocessing.spawn(_demo, (P, options, (Path(folder) / "ranks").as_uri()), nprocs=P)
+        _start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
 
 
 if __name__ == "__main__":

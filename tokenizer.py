@@ -263,13 +263,50 @@ def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
             file.unlink(missing_ok=True)
 
 
+def save_hugging_face(encoding: tiktoken.Encoding, folder: str | os.PathLike) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into a folder. transformers' AutoTokenizer reads
+    them and gives the same ids, but takes a special token that a document spells out for the token.
+
+    ValueError for a rank that is no merge of two lower ones, OSError if it cannot be written."""
+    letter = {byte: character for character, byte in _characters_of_bytes().items()}
+    vocab: dict[str, int] = {}
+    merges, lower = [], {}
+    for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        vocab["".join(map(letter.get, token))] = rank
+        if len(token) > 1:
+            parts = encode_word_naive(lower, token)
+            if len(parts) != 2:
+                raise ValueError(f"{encoding.name!r}: {token!r} is no merge of two tokens of lower rank")
+            merges.append(" ".join("".join(map(letter.get, part)) for part in parts))
+        lower[token] = rank
+    special = encoding._special_tokens
+    # In Hugging Face's regular expressions {1,3}+ would repeat, not hold fast.
+    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str.replace("}+", "}")},
+             "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": token} | added for token, i in special.items()],
+        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": None, "decoder": level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": True, "vocab": vocab | special, "merges": merges}}
+    ends = {"eos_token": token for token in END_OF_TEXT if token in special}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | ends
+    (Path(folder) / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
 def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
     """An encoding by tiktoken's name ("gpt2", "cl100k_base"; ./gpt2 is a folder called so) or from disk:
 
     - a rank file with the sidecar of ``save``;
     - a rank file alone: of 128000 ranks, Llama 3's tokenizer.model; of 100256, cl100k_base; any other is
       taken as GPT-2's kind, GPT2_SPLIT and <|endoftext|> on the first free id;
-    - GPT-2's vocab.json + merges.txt, by their folder or by the path of either.
+    - GPT-2's vocab.json + merges.txt, by their folder or by the path of either;
+    - a folder with a rank file called tokenizer.tiktoken, as checkpoints and their exports have.
 
     Raises ValueError, one line with file, place and cure: missing, empty, cut short, of another kind,
     contradicting itself; or a name that tiktoken neither has cached nor can download.
@@ -279,6 +316,8 @@ def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
         return _load_published(str(name_or_path))
     if path.name in ("vocab.json", "merges.txt"):
         path = path.parent
+    if os.path.exists(path / "tokenizer.tiktoken"):
+        return _load_ranks(path / "tokenizer.tiktoken")
     if os.path.isdir(path):
         return _load_gpt2(path / "vocab.json", path / "merges.txt")
     if not os.path.exists(path):
@@ -361,12 +400,16 @@ def _load_ranks(path: Path) -> tiktoken.Encoding:
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
-    vocab_data, merges_data = _read(vocab_path), _read(merges_path)
-    # GPT-2 writes a byte as itself where Latin-1 shows it, else as the next character from U+0100 on.
+def _characters_of_bytes() -> dict[str, int]:
+    """GPT-2 writes a byte as itself where Latin-1 shows it, else as the next character from U+0100 on."""
     shown = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     hidden = [b for b in range(256) if b not in shown]
-    byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
+    vocab_data, merges_data = _read(vocab_path), _read(merges_path)
+    byte_of = _characters_of_bytes()
     try:
         vocab = json.loads(vocab_data)
         ids = {operator.index(i) for i in vocab.values()}
@@ -434,13 +477,16 @@ def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--data", help="UTF-8 text file to learn from (default: the topics of Python's help)")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn, <|endoftext|> included")
-    parser.add_argument("--pattern", choices=("gpt2", "cl100k"), default="gpt2", help="what counts as a word")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn, <|endoftext|> included "
+                        "(default 4096)")
+    parser.add_argument("--pattern", choices=("gpt2", "cl100k"), default="gpt2",
+                        help="what counts as a word (default gpt2)")
     parser.add_argument("--text", default="Tokenizers split uncommon words: antidisestablishmentarianism.",
-                        help="sentence to show as tokens")
+                        help="sentence to show as tokens (default one with rare words)")
     parser.add_argument("--out", help="file to write the vocabulary to, say words.tiktoken")
     try:
         main(**vars(parser.parse_args()))

@@ -12,9 +12,9 @@ Omits     text larger than memory. With dropout the masks are each data-parallel
           processes changes them.
 Run       python train.py                                           one process
           torchrun --standalone --nproc_per_node=2 train.py         the same run on two
-          torchrun --standalone --nproc_per_node=8 train.py --tp 2 --pp 2 --zero 1
+          torchrun --standalone --nproc_per_node=8 train.py --tp 2 --pp 2 --zero 1 --out out/layout
           torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz' --out out/124m
-          python train.py --stage dpo --init out/sft                one stage of alignment alone
+          python train.py --stage dpo --init out/sft --out out/again    one stage of alignment alone
           python train.py --help                                    every setting and its default
 Test      pytest tests/test_train.py
 """
@@ -24,6 +24,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,11 +47,10 @@ import models
 import precision
 import recompute
 import run_folder
-import stages
 import tokenizer
 from config import ConfigError, TrainConfig, derive, parse, refuse_meaningless
 from corpus import Corpus, prepare
-from processes import ProcessError, World, join, measure_peak, memory, multiplies_bf16
+from processes import ProcessError, World, join, measure_peak, memory, multiplies_bf16, noting_signals
 
 
 # --- 1. the step ----------------------------------------------------------------------------
@@ -239,12 +239,12 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     world.agree(lambda: run_folder.begin(Path(c.out), resumed), here=world.rank == 0)
     progress = Progress(trainer, corpus, flops, first, last_line)
     met = "" if active == N else f", {active:,} for a token"
+    expected = "" if first else f"; expect a first loss of about ln V = {math.log(corpus.encoding.n_vocab):.3f}"
     world.say(f"{c.model} of {N:,} parameters{met}, {c.precision}, {world.size} x {c.device}; matrix products reach "
-              f"{progress.peak / 1e12:.3g} TFLOP/s; expect a first loss of about ln V = "
-              f"{math.log(corpus.encoding.n_vocab):.3f}")
+              f"{progress.peak / 1e12:.3g} TFLOP/s{expected}")
 
     saving: list[checkpoint.Saving] = []  # what is being written beside training
-    with stages.noting_signals(world.say) as received:
+    with noting_signals(world.say) as received:
         try:
             loss = _train(trainer, settings, corpus, progress, first, received, saving)
         finally:  # whatever ended it
@@ -338,6 +338,7 @@ class Progress:
         self.c, self.world, self.corpus, self.flops = trainer.config, trainer.world, corpus, flops
         self.peak = measure_peak(self.world, torch.bfloat16 if self.c.precision == "bf16" else torch.float32)
         self.pace, self.first = None, first  # pace: seconds per step, smoothed
+        self.said = time.perf_counter()
         self.path = Path(self.c.out) / "metrics.jsonl"
         if self.world.rank == 0:
             self._drop_lines_after(first, last_line)
@@ -360,7 +361,8 @@ class Progress:
         c, seconds = self.c, stats["seconds"]
         self.pace = seconds if self.pace is None else 0.9 * self.pace + 0.1 * seconds
         rate = c.batch_tokens / self.pace
-        if done == self.first + 1 or done % max(1, c.steps // 30) == 0:
+        if done == self.first + 1 or done % max(1, c.steps // 30) == 0 or time.perf_counter() - self.said > 10:
+            self.said = time.perf_counter()
             left = timedelta(seconds=round(self.pace * (c.steps - done)))
             self.world.say(f"step {done:>6}/{c.steps}  loss {stats['loss']:.4f}  lr {stats['lr']:.2e}  "
                            f"norm {stats['grad_norm']:.2f}  {rate:,.0f} tokens/s  "
@@ -395,7 +397,7 @@ def _finish(trainer: Trainer, corpus: Corpus, loss: float) -> None:
         world.say("---")
     world.say(f"trained on {c.steps * c.batch_tokens:,} tokens: held-out loss {loss:.4f} nats per token, uniform "
               f"guessing {math.log(encoding.n_vocab):.4f}; saved in {c.out}")
-    world.say(f'python decode.py --checkpoint {c.out} --prompt "..."    completes a text')
+    world.say(f'python decode.py --checkpoint {shlex.quote(c.out)} --prompt "..."    completes a text')
 
 
 def _stage_alone(arguments: list[str]) -> tuple[str | None, list[str]]:

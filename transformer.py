@@ -454,7 +454,8 @@ def main(pairs: str | None, language: str | None, post_norm: bool, steps: int, w
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--pairs", help="file of sentence pairs with tabs between; default: generated numbers, dates")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")

@@ -157,6 +157,7 @@ class Unigram:
         self.tokens = ["<unk>", *special_tokens, *(f"<0x{b:02X}>" for b in range(256)), *self.scores]
         self.ids = {piece: self._byte + 256 + i for i, piece in enumerate(self.scores)}
         self.n_vocab = len(self.tokens)
+        # scores, longest, unknown, as the functions above take them
         self.lattice_options = (self.scores, max(map(len, self.scores)), min(self.scores.values()) - UNKNOWN_PENALTY)
         self._remembered: dict[str, list[int]] = {}
 
@@ -297,6 +298,11 @@ def main(data: str | None, vocab_size: int, alpha: float, text: str, seed: int, 
     import tokenizer
     from data import default_documents, read_documents, split_documents
     from unigram_training import train_unigram
+    if vocab_size < 259 or not 0 <= alpha < math.inf:  # asked before anything is learned
+        raise ValueError(f"--vocab_size must be at least 259, as <unk>, {END_OF_TEXT} and the bytes are 258, and "
+                         f"--alpha finite and >= 0, got {vocab_size} and {alpha}")
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: the folder is not there: make it or name another")
     documents = default_documents() if data is None else list(read_documents(data))
     training, held_out = split_documents(documents)
     begun = time.perf_counter()
@@ -332,7 +338,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="V (default %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.2, help="of the drawn cuts (default %(default)s)")
-    parser.add_argument("--text", default="unsplittable tokenizers", help="cut before your eyes")
+    parser.add_argument("--text", default="unsplittable tokenizers", help="cut before your eyes (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn cuts (default %(default)s)")
     parser.add_argument("--out", metavar="tokenizer.json", help="write the vocabulary there")
     try:

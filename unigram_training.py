@@ -35,7 +35,8 @@ import regex  # tiktoken depends on it, so it is there; Python's own `re` lacks 
 # out, as engines differ in what \s is.
 WORDS = r" ?[^ \t\r\n]+|[ \t\r\n]+(?![^ \t\r\n])|[ \t\r\n]"
 LONGEST_WORD = 256  # longer ones are cut
-NOT_IN_PIECES = "\u2581"  # stands for the blank in files of vocabularies
+# Stands for the blank in files of vocabularies; halves of surrogate pairs, which no file can hold.
+NOT_IN_PIECES = {"\u2581", *map(chr, range(0xD800, 0xE000))}
 
 
 # --- 1. the algorithm, as it reads ----------------------------------------------------------------
@@ -274,7 +275,7 @@ def _covered(words: Counter[str], coverage: float) -> dict[str, int]:
     for word, n in words.items():
         for character in word:
             characters[character] += n
-    spare, dropped = (1 - coverage) * characters.total(), {NOT_IN_PIECES}
+    spare, dropped = (1 - coverage) * characters.total(), set(NOT_IN_PIECES)
     for character, n in sorted(characters.items(), key=lambda item: (item[1], item[0])):
         spare -= n
         if spare < 0:

@@ -122,13 +122,11 @@ class Vectors:
     def plot(self, path: str | os.PathLike, labels: dict[Hashable, Hashable], n: int = 150) -> None:
         """Draw the unit vectors of the first n items in two dimensions, coloured by label."""
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError:
             raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(figsize=(14, 10))
-        items = self.items[:n]
+        figure = Figure((14, 10))
+        axes, items = figure.subplots(), self.items[:n]
         common = [label for label, _ in Counter(labels.get(item) for item in items).most_common(9)]
         for item, (x, y) in zip(items, Vectors(items, self.unit[:n]).project().tolist()):
             label = labels.get(item)
@@ -136,7 +134,6 @@ class Vectors:
             axes.annotate(str(item).replace("$", r"\$"), (x, y), fontsize=7)  # $ would begin a formula
         axes.set_title("the two directions of largest variance")
         figure.savefig(path, dpi=120, bbox_inches="tight")
-        plt.close(figure)
 
     # --- 2. word2vec's formats: "V D", then an item and D numbers, as text or little-endian float32 ---
 
@@ -256,7 +253,8 @@ def main(vectors: str | None, item: str | None, analogy: list[str] | None, out: 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--vectors", metavar="FILE", help="read these, text or FILE.bin (default: letters)")
     parser.add_argument("--item", help="show the neighbours of this item (default: of ten items)")

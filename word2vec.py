@@ -436,6 +436,11 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
     for path in filter(None, (out, plot)):  # before the work, not after it
         if not Path(path).parent.is_dir() or Path(path).exists() and not Path(path).is_file():
             raise ValueError(f"{path}: cannot be written: give a file in a folder that is there")
+    if plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     if data == "calls":
         sequences = standard_library_calls()
     else:
@@ -491,12 +496,15 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--data", default="calls", help="calls: in the standard library (default);\n"
                         "words: of Python's documentation; or files, such as 'my/*.txt' or a.jsonl")
-    parser.add_argument("--architecture", default="skipgram", choices=("skipgram", "cbow"))
-    parser.add_argument("--objective", default="negative", choices=("negative", "hierarchical", "softmax"))
+    parser.add_argument("--architecture", default="skipgram", choices=("skipgram", "cbow"),
+                        help="a word predicts its neighbours, or they predict it (default skipgram)")
+    parser.add_argument("--objective", default="negative", choices=("negative", "hierarchical", "softmax"),
+                        help="five sampled words, a tree, or all words (default negative)")
     parser.add_argument("--d_model", type=int, default=100, help="D, width of a vector (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default %(default)s)")

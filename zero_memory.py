@@ -4,7 +4,9 @@ Idea      A formula for memory is believed when the tensors of a process add up 
           steps, and the most that is there at once within one.
 Formula   bytes a parameter on each of P ranks, AdamW, bf16 with fp32 copies: 16, 4 + 12/P, 2 + 14/P, 16/P by stage; in
           fp32 16, 8 + 8/P, 4 + 12/P, 16/P.                               Rajbhandari et al. 2020 (1910.02054), figure 1
-          most at once in stage 3: two units' parameters, two units' gradients, and (P-1)/P of one that is received
+          stage 3 within a step, more than that: the parameters and the gradients of two units, (P-1)/P of a gradient
+          that is received, 2^15 numbers of its sum in fp32; and of the rest (embedding, last norm, head), whose
+          gradient backward begins with and ends with, two gradients: the head's, if it is the embedding, waits
 Shapes    no tensors here
 Omits     activations (the peak is that of one token); the allocator's gaps; what the backend takes for itself.
 Run       python zero_memory.py --ranks 4    on 4 processes; ends with "max |bytes measured / formula - 1| = ..."
@@ -17,6 +19,7 @@ import argparse
 import gc
 import os
 import subprocess
+import signal
 import sys
 import tempfile
 import weakref
@@ -40,6 +43,13 @@ def bytes_per_parameter(stage: int, P: int, half: bool = True) -> float:
     parameter, gradient, rest = (2, 2, 12) if half else (4, 4, 8)
     cut = [P if stage >= needed else 1 for needed in (3, 2, 1)]
     return parameter / cut[0] + gradient / cut[1] + rest / cut[2]
+
+
+def peak_of_stage_3(n: int, unit: int, rest: int, P: int, half: bool = True) -> float:
+    """Bytes within a step, at most, but for activations. n: numbers of the model, of which ``unit`` are the largest
+    unit's and ``rest`` those that no unit has alone."""
+    more = (2 + 2 + (P - 1) / P) * max(unit, rest) + 2 * rest
+    return bytes_per_parameter(3, P, half) * n + (2 if half else 4) * more + 4 * min(2**15, -(-max(unit, rest) // P))
 
 
 def every_storage() -> dict[int, torch.UntypedStorage]:
@@ -86,7 +96,7 @@ def _train(model: nn.Module, zero, steps: int, text: Tensor, part: slice, look=l
     for step in range(steps):
         starts = torch.randint(len(text) - 17, (8, 1), generator=draw)
         batch = text[starts + torch.arange(17)]  # (8, T + 1)
-        rows, total = batch[part], 0.0
+        total = 0.0
         for i, rows in enumerate(batch[part].tensor_split(2)):
             with zero.no_sync() if zero and i == 0 else nullcontext():
                 logits = model(rows[:, :-1])  # (B, T, V)
@@ -125,8 +135,8 @@ def _measure(stage: int, options: argparse.Namespace, P: int, text: Tensor, part
     with PeakBytes() as peak:
         model(rows[:, :1]).float().sum().backward()
         zero.finish()
-    unit = 2 * max(sum(p.numel() for p in block.parameters()) for block in model.blocks)  # bytes
-    return found | {"n": n, "peak": resting + peak.most, "unit": unit}
+    units = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    return found | {"n": n, "peak": resting + peak.most, "limit": peak_of_stage_3(n, max(units), n - sum(units), P)}
 
 
 def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> None:
@@ -166,7 +176,7 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
 
     where = "of them on the host, which here is the device" if options.offload else "all on the device"
     found = [_measure(stage, options, P, text, part, large) for stage in range(4)]
-    n, unit = found[0]["n"], found[0]["unit"]
+    n = found[0]["n"]
     say(f"\n{n:,} parameters in bf16; bytes a parameter on rank 0 when the gradients are there, {where}")
     say("stage   parameters   gradients   states      sum   formula   every tensor of the process     host")
     for stage, held in enumerate(found):
@@ -177,9 +187,10 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
         worst = max(worst, abs(held["all"] / n / formula - 1))
         say(f"{stage:5} {each[0]:12.3f} {each[1]:11.3f} {each[2]:8.3f} {sum(each):8.3f} {formula:9.3f} "
             f"{held['all'] / n:29.3f} {held['host'] / n:8.3f}")
-    peak, limit = found[3]["peak"], bytes_per_parameter(3, P) * n + (2 + 2 + (P - 1) / P) * unit
-    say(f"stage 3, most in a step: {peak / n:.3f} bytes a parameter; 16/P, two units of parameters and of gradients, "
-        f"and a message on its way: {limit / n:.3f}: {'OK' if peak < 1.02 * limit else 'WRONG, more'}")
+    peak, limit = found[3]["peak"], found[3]["limit"]
+    say(f"stage 3, most in a step: {peak / n:.3f} bytes a parameter; with two units' parameters and gradients, "
+        f"and what is on its way, {limit / n:.3f}: "
+        + ("OK, at most 1.02 of it" if peak <= 1.02 * limit else "WRONG, more"))
     if options.plot and rank == 0:
         _plot(found, P, options.plot)
     say(f"max |bytes measured / formula - 1| = {worst:.4f}: "
@@ -204,24 +215,35 @@ def _plot(found: list[dict], P: int, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
+    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
+    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
+    signal.signal(signal.SIGINT, handler)
+    while not ranks.join():
+        pass
+
+
 def main(program: str = "zero_memory.py") -> None:
     """The program, called ``program`` in what it says."""
     import zero
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=zero.__doc__ if program == "zero.py" else __doc__,
                                      usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun (1 to 8)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps in float64")
-    parser.add_argument("--width", type=int, default=192, help="width of the model that is measured, a multiple of 4")
+    parser.add_argument("--ranks", type=int, default=2,
+                        help="processes to start, if not under torchrun: 1 to 8 (default 2)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps in float64 (default 10)")
+    parser.add_argument("--width", type=int, default=192,
+                        help="of the model that is measured, 64 or more (default 192)")
     parser.add_argument("--offload", action="store_true", help="masters, states and gradients in the host's memory")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the bytes")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the bytes (needs matplotlib)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
     options = parser.parse_args()
     started_by_torchrun = "RANK" in os.environ
     P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
-    if not 1 <= P <= 8 or options.steps < 1 or options.width < 4 or options.width % 4 or not 0 <= options.seed < 2**62:
-        parser.exit(2, f"{program}: --ranks must be 1 to 8, --steps positive, --width a multiple of 4, --seed 0 .. "
-                       "2^62 - 1\n")
+    if not 1 <= P <= 8 or options.steps < 1 or options.width < 64 or options.width % 4 or not 0 <= options.seed < 2**62:
+        parser.exit(2, f"{program}: --ranks must be 1 to 8, --steps positive, --width a multiple of 4 and at least "
+                       "64 (beside less, a token's activations are no trifle), --seed 0 .. 2^62 - 1\n")
     if options.plot:
         try:
             import matplotlib  # noqa: F401
@@ -233,7 +255,7 @@ def main(program: str = "zero_memory.py") -> None:
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        torch.multiprocessing.spawn(_demo, (P, options, (Path(folder) / "ranks").as_uri()), nprocs=P)
+        _start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ def main(vocab_size: int, repeats: int, gpt2: str | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn (default 4096)")
     parser.add_argument("--repeats", type=int, default=15, help="of each measurement (default 15)")

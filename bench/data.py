@@ -154,7 +154,8 @@ def main(only: str | None, repeats: int, sizes: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
     parser.add_argument("--only", choices=("minhash", "stages", "pipeline"), help="one part (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default 5)")

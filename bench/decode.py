@@ -84,7 +84,9 @@ def main(device: str, batches: list[int], new_tokens: int, repeats: int, threads
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default 1 8)")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens decoded per row (default 64)")
@@ -95,4 +97,7 @@ if __name__ == "__main__":
         parser.error("every number must be at least 1")
     if arguments.new_tokens > 992:
         parser.error(f"--new_tokens {arguments.new_tokens} and 32 of the prompt exceed the context of 1024")
-    main(**vars(arguments))
+    try:
+        main(**vars(arguments))
+    except KeyboardInterrupt:
+        parser.exit(130)

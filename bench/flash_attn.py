@@ -158,7 +158,9 @@ def main(device, lengths, widths, dtypes, repeats, naive_up_to, threads):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
     parser.add_argument("--lengths", type=int, nargs="+", help="T (default 1024 2048 4096; on cuda 1024 ... 16384)")
     parser.add_argument("--widths", type=int, nargs="+", help="Dh (default 64; on cuda 64 128)")
@@ -177,4 +179,7 @@ if __name__ == "__main__":
         parser.error("every number must be at least 1")
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
-    main(**vars(arguments))
+    try:
+        main(**vars(arguments))
+    except KeyboardInterrupt:
+        parser.exit(130)

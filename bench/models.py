@@ -247,7 +247,8 @@ def main(models: list[str], only: str | None, device: str, batch: int, length: i
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (default all)")
     parser.add_argument("--only", choices=["training", "decoding"], help="one of the two (default both)")

@@ -97,7 +97,9 @@ def naively(layer: MoE, x: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch (default 4096)")
     parser.add_argument("--d_model", type=int, default=128, help="width D (default 128)")
@@ -107,4 +109,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if min(arguments.tokens, arguments.d_model, arguments.d_ff, arguments.repeats, arguments.threads or 1) < 1:
         parser.error("every number must be at least 1")
-    main(**vars(arguments))
+    try:
+        main(**vars(arguments))
+    except KeyboardInterrupt:
+        parser.exit(130)

@@ -167,7 +167,9 @@ def main(device: str, only: str | None, sizes: list[str], rounds: int, threads: 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES), help="models (default: both)")
@@ -176,4 +178,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if min(arguments.rounds, arguments.threads or 1) < 1:
         parser.error("every number must be at least 1")
-    main(**vars(arguments))
+    try:
+        main(**vars(arguments))
+    except KeyboardInterrupt:
+        parser.exit(130)

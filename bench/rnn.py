@@ -80,7 +80,9 @@ def main(device: str, cells: list[str], width: int, length: int, batch: int, rep
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default cpu)")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=["lstm", "gru", "rnn"], help="(default all)")
     parser.add_argument("--width", type=int, default=256, help="of inputs and states (default 256)")
@@ -92,4 +94,7 @@ if __name__ == "__main__":
         parser.error("every number must be at least 1, and the width even")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; leave the flag out")
-    main(**vars(arguments))
+    try:
+        main(**vars(arguments))
+    except KeyboardInterrupt:
+        parser.exit(130)

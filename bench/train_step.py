@@ -130,14 +130,16 @@ def compare_quality(device: torch.device, steps: int, precision: str, seed: int)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--rounds", type=int, default=15, help="of a few steps each (default 15)")
     parser.add_argument("--vocab_size", type=int, default=65, help="of random tokens (default 65: characters)")
     parser.add_argument("--quality", action="store_true", help="compare held-out loss instead of time")
     parser.add_argument("--steps", type=int, default=2000, help="of --quality (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights of both, for --quality (default 0)")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of ours, for --quality")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of ours, for --quality (default fp32)")
     parser.add_argument("--slow_bf16", action="store_true", help="time bf16 even without hardware for it")
     a = parser.parse_args()
     device = torch.device(a.device)
@@ -147,7 +149,10 @@ if __name__ == "__main__":
         if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, {torch.get_num_threads()} threads")
-    if a.quality:
-        compare_quality(device, a.steps, a.precision, a.seed)
-    else:
-        time_steps(device, a.rounds, a.vocab_size, a.slow_bf16)
+    try:
+        if a.quality:
+            compare_quality(device, a.steps, a.precision, a.seed)
+        else:
+            time_steps(device, a.rounds, a.vocab_size, a.slow_bf16)
+    except KeyboardInterrupt:
+        parser.exit(130)

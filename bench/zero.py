@@ -168,7 +168,9 @@ def main(rank, P, options, part, name, rendezvous):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--only", choices=PARTS, help="one part (default all)")
     parser.add_argument("--rounds", type=int, default=6, help="of every measurement (default 6)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")

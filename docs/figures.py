@@ -31,18 +31,23 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in FIGURES if not names else [n for n in FIGURES if n in names or n == "growth" and "tokens" in names]:
             began = time.perf_counter()
+            print(FIGURES[name], flush=True)
             words = FIGURES[name].replace("thinker.pt", f"{folder}/thinker.pt").split()
             done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(f"figures.py: {FIGURES[name]} ended with {done.returncode}")
             last = done.stdout.strip().splitlines()[-1]
-            print(f"{name:16} {time.perf_counter() - began:4.0f} s   {last}", flush=True)
+            print(f"  {time.perf_counter() - began:.0f} s   {last}", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)} (default: all)")
     options = parser.parse_args()
     if unknown := set(options.names) - set(FIGURES):
         parser.exit(2, f"figures.py: no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}\n")
-    main(options.names)
+    try:
+        main(options.names)
+    except KeyboardInterrupt:
+        parser.exit(130)

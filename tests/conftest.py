@@ -13,13 +13,17 @@ results in rank order. An exception on a rank is raised again here, its message 
 
     run_program(["gpt.py", "--steps", "2"])    a file as the main program, in a process that has torch already
     run_program(["zero.py"], processes=2)      on two, as torchrun starts them
+    run_program(["-m", "torch.distributed.run", "--standalone", ...])   by torchrun, whose ranks have torch already, too
 """
 
+import contextlib
+import ctypes
 import functools
 import multiprocessing
 import os
 import pickle
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,50 +140,121 @@ def _context():
     return context
 
 
-def _program(words, folder, outputs, variables):
-    """What ``python words...`` does, its output in files."""
-    for number, path in zip((1, 2), outputs):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # This process began with pytest's own streams: a program has streams of its own.
+def _main_program(words):
+    """What ``python words...`` does, in this process, which began as another."""
+    # It has streams of its own.
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", closefd=False), open(2, "w", closefd=False)
-    os.chdir(folder)
-    os.environ.pop("PYTHONPATH", None)
-    os.environ.update(variables)
-    file = Path(folder, words[0]).resolve()
+    torch.set_num_threads(1)
+    sys.argv = list(words)
+    if words[0] == "-m":
+        return _torchrun_program(words)
+    file = Path(words[0]).resolve()
     sys.path[:] = [str(file.parent), *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
     if file.parent != ROOT:  # a copy has no neighbours
-        sys.modules.pop("data", None)
-    torch.set_num_threads(1)
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent == ROOT:
+                del sys.modules[name]
     # The processes that a program starts have torch already, too.
     torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
-    sys.argv = list(words)
+    get_context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: get_context(method and "fork")
     runpy.run_path(str(file), run_name="__main__")
 
 
-def run_program(words, folder=ROOT, timeout=170.0, processes=None):
-    """subprocess.run([python, *words], cwd=folder, text and output captured), without the seconds of importing torch.
+def _torchrun_program(words):
+    """torchrun itself, of which only the ranks are forked instead of started anew."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    ``processes``: as many at once, with the variables that torchrun sets; the output is that of rank 0.
+    assert words[1] == "torch.distributed.run"
+    subprocess_handler.Popen = _ForkedRank
+    run.main(words[2:])
+
+
+class _ForkedRank:
+    """What torchrun wants of subprocess.Popen([python, "-u", *words]): a fork of torchrun, with its variables."""
+
+    def __init__(self, args, env, stdout=None, stderr=None, **options):
+        assert args[1] == "-u" and not (stdout or stderr)
+        self._process = multiprocessing.get_context("fork").Process(target=self._run, args=(args[2:], env))
+        self._process.start()
+        self.pid = self._process.pid
+        with contextlib.suppress(OSError):  # torchrun sends signals to the group; the rank may have done it already
+            os.setpgid(self.pid, self.pid)
+
+    @staticmethod
+    def _run(words, env):
+        os.setpgid(0, 0)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # torchrun has handlers
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(env)
+        _main_program(words)
+
+    def poll(self):
+        return self._process.exitcode
+
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("rank", timeout)
+        return self.poll()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def _program(words, folder, outputs, variables, machine=None):
+    """A fork of the server becomes the program, its output in files."""
+    if machine:  # a network namespace, as "ip netns exec" enters it
+        with open(f"/run/netns/{machine}") as file:
+            assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+    for number, path in zip((1, 2), outputs):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(folder)
+    os.environ.pop("PYTHONPATH", None)
+    os.environ.update(variables)
+    _main_program(words)
+
+
+class Program:
+    """subprocess.Popen([python, *words], cwd=folder), without the seconds of importing torch.
+
+    ``words`` may be those of torchrun: "-m", "torch.distributed.run", ...: its ranks are without them, too.
+    ``machine``: the network namespace to run in.
     """
-    words = [str(word) for word in words]
+
+    def __init__(self, words, folder=ROOT, variables=None, machine=None):
+        self.words, self._folder = [str(word) for word in words], tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        self.process = _context().Process(target=_program, args=(self.words, folder, self._outputs, variables or {}, machine))
+        self.process.start()  # the first of all waits for the fork server's imports
+
+    def wait(self, timeout=170.0):
+        """What subprocess.run returns; after ``timeout`` seconds the program is killed."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        texts = [path.read_text() if path.exists() else "" for path in self._outputs]
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, *texts)
+
+
+def run_program(words, folder=ROOT, timeout=170.0, processes=None):
+    """What ``Program`` gives when it has ended. ``processes``: as many at once, with the variables that torchrun sets;
+    the output is that of rank 0."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes else None
-    with tempfile.TemporaryDirectory() as outputs:
-        started = []
-        for rank in range(processes or 1):
-            paths = [os.path.join(outputs, f"{name}{rank}") for name in ("stdout", "stderr")]
-            variables = _torchrun(rank, processes, store.port) if processes else {}
-            started.append(_context().Process(target=_program, args=(words, folder, paths, variables)))
-            started[-1].start()  # the first of all waits for the fork server's imports
-        deadline = time.monotonic() + timeout
-        for process in started:
-            process.join(max(0.0, deadline - time.monotonic()))
-        for process in started:
-            if process.is_alive():
-                process.kill()
-                process.join()
-        texts = [Path(outputs, name).read_text() if Path(outputs, name).exists() else "" for name in ("stdout0", "stderr0")]
-        return subprocess.CompletedProcess(words, next((p.exitcode for p in started if p.exitcode), 0), *texts)
+    started = [Program(words, folder, _torchrun(rank, processes, store.port) if processes else None)
+               for rank in range(processes or 1)]
+    deadline = time.monotonic() + timeout
+    done = [program.wait(max(0.0, deadline - time.monotonic())) for program in started]
+    done[0].returncode = next((one.returncode for one in done if one.returncode), 0)
+    return done[0]
 
 
 def _torchrun(rank, P, port):

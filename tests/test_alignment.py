@@ -167,7 +167,7 @@ def test_files_of_the_users_own_are_learnt_from_by_a_llama(base, tmp_path):
     assert held_out["pairs"] == sum(3 if "answers" in c.where else 1 for c in aside) and held_out["accuracy"] > 0.5
     only = run_stages(config(base, tmp_path / "other", "llama", instructions=files["instructions"], stages="sft"), processes.World())
     assert [line["model"] for line in only] == ["base", "sft"] and only[0]["answers"][0][0].startswith("q ")
-    with pytest.raises(AlignmentError, match="--instructions has no labeller: give --preferences too"):
+    with pytest.raises(ValueError, match="--instructions has no labeller: give --preferences too"):
         run_stages(config(base, tmp_path / "third", "llama", instructions=files["instructions"], stages="sft,dpo"), processes.World())
 
 
@@ -176,8 +176,9 @@ def test_files_of_the_users_own_are_learnt_from_by_a_llama(base, tmp_path):
 CHANGES = {"sft": dict(seed=1, sft_epochs=1, sft_batch=4, sft_lr=1e-4, held_out=0.5, max_gradient=1e-6),
            "reward": dict(reward_epochs=2, reward_batch=4, reward_lr=1e-5, pairs=20),
            "ppo": dict(ppo_steps=1, ppo_batch=4, ppo_epochs=1, ppo_minibatches=1, ppo_lr=1e-5, ppo_kl=5.0, ppo_kl_target=0.0, new_tokens=3),
-           "dpo": dict(dpo_epochs=2, dpo_batch=4, dpo_lr=1e-5, dpo_beta=1.0),
-           "grpo": dict(grpo_steps=1, grpo_batch=4, grpo_group=2, grpo_lr=1e-5, grpo_kl=1.0)}
+           "dpo": dict(dpo_epochs=2, dpo_batch=4, dpo_lr=1e-5, dpo_beta=1.0, dpo_kind="ipo", dpo_label_smoothing=0.2),
+           "grpo": dict(grpo_steps=1, grpo_batch=4, grpo_group=2, grpo_lr=1e-5, grpo_kl=1.0,
+                        grpo_advantage="mean", grpo_length=("constant", dict(grpo_batch=32, new_tokens=24)))}
 
 
 LOADED = {}
@@ -189,23 +190,52 @@ def copied(load, directory, device="cpu"):
     return copy.deepcopy(LOADED[load, directory])
 
 
-@pytest.mark.parametrize("stage, name", [(stage, name) for stage, names in CHANGES.items() for name in names])
-def test_each_setting_changes_what_its_stage_learns(base, done, tmp_path, monkeypatch, stage, name):
+@pytest.fixture
+def learn(base, done, tmp_path, monkeypatch):
+    """learn(stage, name, **settings): the weights, in one row, of a stage alone."""
     out, _ = done
     monkeypatch.setattr(alignment, "evaluate_policies", lambda *arguments: [])
     monkeypatch.setattr(alignment, "format_table", lambda table: "")
     for loader in ("load_policy", "load_reward_model"):  # read once, copied for each test
         monkeypatch.setattr(stages, loader, functools.partial(copied, getattr(stages, loader)))
     learnt = []
-    (tmp_path / stage).mkdir()
     monkeypatch.setattr(stages.Stage, "_save", lambda self, step, lines: learnt.append(self.parts["model"]))
-    init = base / "gpt" if stage == "sft" else checkpoint.latest(out / "sft") if name == "pairs" else out / "sft"
-    changed = SMALL | dict(init=str(init), reward_model=str(out / "reward"), out=str(tmp_path), stages=stage)
-    run_stages(AlignConfig(**changed | {name: CHANGES[stage][name]}), processes.World())
-    if name == "pairs":
-        (init / "preferences.jsonl").unlink()  # the step's folder had none: other pairs were made
-    ours = torch.cat([p.detach().flatten() for _, p in sorted(learnt[-1].named_parameters())])
-    assert not torch.equal(ours, parameters(out / stage))
+
+    def learn(stage, **settings):
+        (tmp_path / stage).mkdir(exist_ok=True)
+        init = base / "gpt" if stage == "sft" else checkpoint.latest(out / "sft") if "pairs" in settings else out / "sft"
+        changed = SMALL | dict(init=str(init), out=str(tmp_path), stages=stage)
+        if stage in ("ppo", "grpo"):
+            changed |= dict(reward_model=str(out / "reward"))
+        run_stages(AlignConfig(**changed | settings), processes.World())
+        if "pairs" in settings:
+            (init / "preferences.jsonl").unlink()  # the step's folder had none: other pairs were made
+        return torch.cat([p.detach().flatten() for _, p in sorted(learnt[-1].named_parameters())])
+
+    return learn
+
+
+@pytest.mark.parametrize("stage, name", [(stage, name) for stage, names in CHANGES.items() for name in names])
+def test_each_setting_changes_what_its_stage_learns(learn, done, stage, name):
+    value = CHANGES[stage][name]
+    value, beside = value if isinstance(value, tuple) else (value, {})  # what it needs to be seen
+    unchanged = learn(stage, **beside) if beside else parameters(done[0] / stage)
+    assert not torch.equal(learn(stage, **{name: value} | beside), unchanged)
+
+
+def test_kinds_of_dpo_and_of_advantages_are_all_different(learn, done):
+    dpo, grpo = (parameters(done[0] / stage) for stage in ("dpo", "grpo"))
+    ipo, free = (learn("dpo", dpo_kind=kind) for kind in ("ipo", "reference_free"))
+    mean, rloo = (learn("grpo", grpo_advantage=kind) for kind in ("mean", "rloo"))
+    assert not any(torch.equal(a, b) for a, b in ((dpo, free), (ipo, free), (grpo, rloo), (mean, rloo)))
+
+
+def test_a_loss_of_pairs_refuses_rankings(learn, tmp_path):
+    path = tmp_path / "rankings.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p {i}", "answers": ["a", "b", "c"]}) + "\n" for i in range(20)))
+    for settings in (dict(dpo_kind="ipo"), dict(dpo_label_smoothing=0.1)):
+        with pytest.raises(ValueError, match="compare two answers, --preferences ranks 3"):
+            learn("dpo", preferences=str(path), **settings)
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -213,7 +243,9 @@ def test_each_setting_changes_what_its_stage_learns(base, done, tmp_path, monkey
     (dict(sft_lr=float("nan")), "--sft_lr must be"), (dict(pairs=1), "--pairs must be a number of at least 2"),
     (dict(zero=4), "--zero must be a number of at least 0 and at most 3, got 4"),
     (dict(grpo_batch=9), "--grpo_batch=9 is no multiple of --grpo_group=4"), (dict(held_out=1.0), "--held_out must be below 1"),
-    (dict(resume=True, overwrite=True), "give one of them")])
+    (dict(resume=True, overwrite=True), "give one of them"), (dict(dpo_kind="best"), "--dpo_kind is one of sigmoid, ipo"),
+    (dict(dpo_kind="ipo", dpo_label_smoothing=0.1), "not for --dpo_kind=ipo"),
+    (dict(dpo_label_smoothing=0.5), "--dpo_label_smoothing must be a number of at least 0 and at most 0.49")])
 def test_settings_that_cannot_be_are_refused(base, tmp_path, settings, message):
     with pytest.raises(AlignmentError, match=message):
         config(base, tmp_path, **settings)
@@ -229,10 +261,19 @@ def test_what_is_missing_is_refused_before_work_begins(base, tmp_path):
         run_stages(config(base, tmp_path, init=str(tmp_path / "none")), world)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": ""}\n')
     with pytest.raises(ValueError, match="bad.jsonl, line 1: \"response\" is empty"):
-        run_stages(config(base, tmp_path, instructions=str(tmp_path / "bad.jsonl")), world)
+        run_stages(config(base, tmp_path, instructions=str(tmp_path / "bad.jsonl"), stages="sft"), world)
     (tmp_path / "long.jsonl").write_text("".join(json.dumps({"prompt": "ab " * n, "response": "x"}) + "\n" for n in (1, 2, 90)))
-    with pytest.raises(ValueError, match="long.jsonl, line 3: the prompt of .* fills the context of 64"):
-        run_stages(config(base, tmp_path / "o", instructions=str(tmp_path / "long.jsonl"), stages="sft", held_out=0.01), world)
+    for share in (0.01, 0.99):  # learnt from or held out
+        with pytest.raises(ValueError, match="long.jsonl, line 3: the prompt of .* fills the context of 64"):
+            run_stages(config(base, tmp_path / "o", instructions=str(tmp_path / "long.jsonl"), stages="sft", held_out=share), world)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"prompt": n * "ab ", "chosen": "x", "rejected": "y"}) + "\n" for n in (1, 90)))
+    with pytest.raises(ValueError, match="pairs.jsonl, line 2: the prompt of .* fills the context of 64"):
+        run_stages(config(base, tmp_path / "o", preferences=str(tmp_path / "pairs.jsonl"), stages="sft,dpo"), world)
+    with pytest.raises(ValueError, match="--init=.*gpt is where the stage sft writes"):  # with --overwrite it would be deleted
+        run_stages(config(base, tmp_path, init=str(tmp_path / "sft/gpt"), overwrite=True), world)
+    with pytest.raises(ValueError, match="--reward_model=x is none if the stage reward trains one"):
+        run_stages(config(base, tmp_path, reward_model="x"), world)
+    assert not (tmp_path / "o").exists()  # nothing was trained
     with pytest.raises(ValueError, match="3 answers are too few for 5 processes"):
         stages.sample_answers(None, None, [1, 2, 3], None, Team(processes.World(0, 5)), (0,))
 

@@ -47,6 +47,8 @@ def test_special_tokens_stand_behind_the_vocabulary_and_those_there_keep_their_i
     assert encoding.n_vocab == 261 and extend(encoding) is encoding
     partly = extend(byte_encoding(**{END: 300}))
     assert partly.encode_single_token(END) == 300 and partly.encode_single_token("<|system|>") == 301
+    bare = extend(tiktoken.Encoding("bare", pat_str=r"(?s:.)", mergeable_ranks=BYTES, special_tokens={}))
+    assert bare.encode_single_token("<|system|>") == 256
 
 
 @pytest.mark.parametrize("make", [lambda: gpt(256), lambda: llama(256), lambda: llama(256, tied=True)])
@@ -91,6 +93,8 @@ def test_a_message_cannot_end_its_turn_by_spelling_the_token(encoding):
 
 def test_an_answer_may_hold_broken_bytes_and_specials(encoding):
     assert answer_text(encoding, [0xE2, 97, 256, 98, 260, 99]) == "\ufffdab"
+    gaps = extend(byte_encoding(**{END: 300}))  # ids that a model may draw and no token has
+    assert answer_text(gaps, [97, 280, 98, 999, 300]) == "ab"
 
 
 # --- examples ---
@@ -144,6 +148,8 @@ def test_no_question_is_on_both_sides_and_neither_is_empty():
     train, held_out = split_conversations(conversations, 0.2)
     assert len(train) + len(held_out) == 80 and 2 <= len(held_out) <= 34
     assert not {c.messages[0]["content"] for c in train} & {c.messages[0]["content"] for c in held_out}
+    system = [Conversation([{"role": "system", "content": "Be brief."}, *c.messages], c.where) for c in conversations]
+    assert [c.where for c in split_conversations(system, 0.2)[1]] == [c.where for c in held_out]  # one system message for all
     for share in (1e-9, 0.999999999):
         assert all(split_conversations(conversations[:2], share))
     with pytest.raises(ValueError, match="different first messages"):
@@ -191,6 +197,8 @@ def test_bad_conversations_are_refused_by_line(tmp_path, line, message):
     ({"prompt": "q", "chosen": "", "rejected": "a"}, 'line 1: "chosen" is empty'), ({"chosen": "b", "rejected": "a"}, 'no "prompt"'),
     ({"prompt": "q", "chosen": [{"role": "user", "content": "a"}], "rejected": "a"}, '"chosen" ends with the user'),
     ({"prompt": [{"role": "assistant", "content": "a"}], "chosen": "b", "rejected": "a"}, "end with the user"),
+    ({"prompt": "q", "chosen": [*ask("other"), {"role": "assistant", "content": "b"}], "rejected": "a"},
+     'line 1: "chosen" goes on from other messages than "prompt"'),
     ({"prompt": "q", "answers": ["a"]}, "line 1: \"answers\" is \\['a'\\], not a list of two or more"),
     ({"prompt": "q", "answers": ["a", "b", "a"]}, "line 1: two answers are the same"),
     ({"prompt": "q", "answers": ["a", ""]}, 'line 1: "answers\\[1\\]" is empty')])
@@ -209,9 +217,13 @@ def test_files_that_are_missing_or_empty_are_refused(tmp_path):
 # --- program ---
 
 def test_program_checks_a_file_and_says_in_one_line_what_is_wrong(tmp_path):
-    good = file_of(tmp_path, *({"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(3)))
+    question = "".join(map(chr, range(33, 103)))  # nothing in it to merge
+    good = file_of(tmp_path, "", *({"prompt": f"{question} {i}", "chosen": "yes", "rejected": "no"} for i in range(3)))
     found = run_here(["chat.py", "--data", str(good), "--vocab_size", "260"])
     assert found.returncode == 0 and "packed = alone: True" in found.stdout and "3 preferences" in found.stdout
-    for flags, message in ((["--data", str(file_of(tmp_path, "{"))], "line 1: not JSON"), (["--vocab_size", "3"], "at least 257")):
+    short = run_here(["chat.py", "--data", str(good), "--vocab_size", "260", "--context", "64"])
+    assert short.returncode == 2 and "line 2: the prompt of" in short.stderr and "fills the context of 64" in short.stderr
+    for flags, message in ((["--data", str(file_of(tmp_path, "{"))], "line 1: not JSON"), (["--vocab_size", "3"], "at least 257"),
+                           (["--context", "63"], "at least 64")):
         found = run_here(["chat.py", *flags])
         assert found.returncode == 2 and message in found.stderr and found.stderr.count("\n") == 1

@@ -18,8 +18,11 @@ import torch
 import torch.nn as nn
 
 import checkpoint
+import config
+import decode
 import models
 import pieces
+import tokenizer
 from checkpoint import CheckpointError, latest, load, load_states, optimizer_state, save
 
 
@@ -246,6 +249,29 @@ def test_export_of_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, cap
             runpy.run_path(checkpoint.__file__, run_name="__main__")
         error = capsys.readouterr().err
         assert stop.value.code == 2 and message in error and error.count("\n") == 1 and error.startswith("checkpoint.py: ")
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_transformers_opens_an_export_and_so_do_we(kind, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    encoding = tokenizer.train(["to be or not to be, that is the question"], 280, special_tokens=("<|endoftext|>", "<|user|>"))
+    settings = config.TrainConfig(model=kind, context=16, n_layers=2, n_heads=2, d_model=8)
+    sizes = models.describe(settings, encoding.n_vocab)
+    model = models.build(kind, sizes, generator=torch.Generator().manual_seed(0)).eval()
+    meta = {"model_type": kind, "model_config": models.sizes_of(model)}
+    save(tmp_path, 1, {"model": dict(model.named_parameters())}, meta,
+         write_files=lambda folder: tokenizer.save(encoding, folder / "tokenizer.tiktoken"))
+    checkpoint.export(tmp_path, tmp_path / "hf")
+    theirs, words = (auto.from_pretrained(tmp_path / "hf") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    ours, same = decode.load_model(tmp_path / "hf")
+    ids = tokenizer.encode(encoding, "<|user|>to be, or?<|endoftext|>", allow_special=True)
+    assert ids == words("<|user|>to be, or?<|endoftext|>")["input_ids"]
+    assert ids == tokenizer.encode(same, "<|user|>to be, or?<|endoftext|>", allow_special=True)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))
+        assert (theirs(torch.tensor([ids])).logits - expected).abs().max() < 1e-5  # fp32
+        assert torch.equal(ours(torch.tensor([ids])), expected)
+    assert theirs.generation_config.eos_token_id == tokenizer.eot(encoding)
 
 
 def test_meta_that_is_not_for_json_is_refused_before_anything_is_written(tmp_path):

@@ -60,6 +60,18 @@ def test_public_functions_and_classes_say_what_they_do(stem):
             assert ast.get_docstring(node) or node.end_lineno - node.lineno <= 8, f"{stem}.py: {node.name}"
 
 
+@pytest.mark.parametrize("stem", CONCEPTS)
+def test_every_flag_says_what_it_is_and_its_default(stem):
+    demo_elsewhere = {"rlhf": "overoptimisation", "zero": "zero_memory", "train": "config"}
+    assert "ArgumentParser" in CONCEPTS[demo_elsewhere.get(stem, stem)].read_text(), f"python {stem}.py --help explains nothing"
+    for call in ast.walk(tree_of(stem)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("add_argument"):
+            options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert options.get("help"), f"{stem}.py:{call.lineno} has no help"
+            if options.get("default", "None") != "None" and re.match("f?['\"]", options["help"]):
+                assert "default" in options["help"], f"{stem}.py:{call.lineno}: which default?"
+
+
 def test_functions_of_the_same_name_are_the_same():
     """A few lines that two files need stand in both; then they must not drift apart."""
     copies = defaultdict(dict)

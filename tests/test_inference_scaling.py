@@ -5,6 +5,7 @@ import math
 import random
 from fractions import Fraction
 
+import inference_scaling
 import pytest
 import torch
 import torch.nn.functional as F
@@ -369,14 +370,15 @@ def thinker(tmp_path_factory):
     return path
 
 
-def test_demo_compares_methods_and_flags_change_it(thinker, tmp_path):
-    small = ["inference_scaling.py", "--model", thinker, "--problems", "4", "--samples", "2", "--steps", "2"]
-    outputs = [run_program([*small, *flags]) for flags in ([], ["--seed", "1", "--plot", tmp_path / "a.png"])]
-    assert [found.returncode for found in outputs] == [0, 0], outputs[0].stderr + outputs[1].stderr
-    assert outputs[0].stdout != outputs[1].stdout and (tmp_path / "a.png").stat().st_size > 1000
+def test_demo_compares_methods_and_flags_change_it(thinker, tmp_path, capsys):
+    outputs = []
+    for seed, plot in ((0, None), (1, tmp_path / "a.png")):
+        inference_scaling.main(model=thinker, problems=4, samples=2, steps=2, seed=seed, plot=plot)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] != outputs[1] and (tmp_path / "a.png").stat().st_size > 1000
     for method in ("majority", "outcome reward", "verifier", "oracle", "process reward", "stopped", "wait", "self-refinement", "R^2"):
-        assert outputs[0].stdout.count(method) >= 2, method
-    assert "points gained by a majority of 2" in outputs[0].stdout.splitlines()[-1]
+        assert outputs[0].count(method) >= 2, method
+    assert "points gained by a majority of 2" in outputs[0].splitlines()[-1]
 
 
 @pytest.mark.parametrize("flags, cause", [(["--samples", "3"], "a power of 2"), (["--problems", "0"], "at least 1"), (["--steps", "0"], "--steps"),

@@ -133,7 +133,8 @@ def test_mixture_of_packed_contexts_has_their_document_ids():
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(shares={"web": 1.0}), "shares of web: want the same names"), (dict(sources={}, shares={}), "sources none"),
-    (dict(shares={**SHARES, "web": 0.5}), "they add up to 0.88"), (dict(shares={"web": 1.0, "books": 0.2, "code": -0.2}), "positive"),
+    (dict(shares={**SHARES, "web": 0.5}), "the sum 0.88"), (dict(shares={"web": 1.0, "books": 0.2, "code": -0.2}), "the least is -0.2"),
+    (dict(shares={"web": 1.0, "books": float("nan"), "code": 0.1}), "the sum nan"),
     (dict(seed=-1), "block must be >= 1 and seed"), (dict(block=0), "block must be >= 1"), (dict(block=3), "larger block")])
 def test_bad_mixture_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -165,6 +166,8 @@ def test_flags_change_what_is_drawn(tmp_path, monkeypatch, capsys):
     assert "75.000%   75.000%" in out and "20,000 examples of 16 tokens, temperature 2.0" in out
     for flags, message in ((["--weights", "a=9,c=1", "--epochs", "a=1,b=1"], "give weights or epochs, not both"),
                            (["--weights", "a=9,b=x"], "want name=number"), (["--examples", 0], "want at least 1"),
-                           (["--data", "a.txt"], "and name=files"), (["--seed", -1], "seed in")):
+                           (["--data", "a.txt"], "and name=files"), (["--seed", -1], "seed in"),
+                           (["--weights", "a=9,b=1,a=2"], "each name once"),
+                           (["--data", f"a={tmp_path}/a.txt,a={tmp_path}/b.txt"], "each name once")):
         status, out, err = run(*flags)
         assert (status, out) == (2, "") and re.fullmatch(rf"mixture\.py: .*{message}.*\n", err)  # before any table

@@ -489,6 +489,14 @@ def test_demo_ends_on_its_verdict(capsys):
     assert "z-loss keeps the logits small: " in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("missing, message", [(None, "no/x.png: cannot be drawn: "), ("matplotlib.figure", "pip install matplotlib")])
+def test_what_cannot_be_drawn_is_said_before_the_training(missing, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing or "unused", None)
+    with pytest.raises(ValueError, match=message):
+        moe.main(steps=1, n_experts=4, k=1, seed=0, plot="no/x.png")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("flag, value", [("--steps", "0"), ("--k", "9"), ("--seed", "-1")])
 def test_bad_flags_are_one_line(flag, value, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["moe.py", flag, value])

@@ -78,7 +78,7 @@ def test_without_the_penalty_the_learned_reward_is_overfitted(capsys):
 
 @pytest.mark.parametrize("program, flags", [
     ("rlhf.py", ["--kl", "-1"]), ("rlhf.py", ["--kl", "nan"]), ("overoptimisation.py", ["--steps", "0"]),
-    ("rlhf.py", ["--pairs", "0"]), ("rlhf.py", ["--seed", "-1"]), ("rlhf.py", ["--lk", "1"])])
+    ("rlhf.py", ["--pairs", "0"]), ("rlhf.py", ["--pairs", "1000000000000"]), ("rlhf.py", ["--seed", "-1"]), ("rlhf.py", ["--lk", "1"])])
 def test_a_bad_flag_is_answered_in_one_line(program, flags):
     found = run_here([program, *flags])
     assert found.returncode == 2 and found.stdout == ""

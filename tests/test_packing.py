@@ -3,13 +3,17 @@
 import hashlib
 import itertools
 import os
+import re
+import runpy
 import signal
+import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_program, spawn_ranks
+from conftest import ROOT
 
 import data
 import packing
@@ -111,19 +115,39 @@ def test_writer_refuses_bad_arguments_by_name(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def write_and_die(rank, path):
-    def documents():
-        yield from [[1, 2, 3]] * 100_000
-        os.kill(os.getpid(), signal.SIGKILL)
+def test_writer_on_a_full_disk_says_so_in_one_line(tmp_path):
+    writer = ShardWriter(tmp_path / "a.tokens", 300)
+    writer._beside = tmp_path / "beside"
+    writer._beside.symlink_to("/dev/full")
+    with pytest.raises(ShardError, match="a.tokens: cannot be written .No space left"), writer:
+        for _ in range(2000):
+            writer.add(range(100))
+    assert os.listdir(tmp_path) == []
 
-    write_shard(path, documents(), 300)
+
+def test_writer_holds_eight_bytes_per_document(tmp_path):
+    with ShardWriter(tmp_path / "a.tokens", 300) as writer:
+        for _ in range(1000):
+            writer.add([1])
+    assert sys.getsizeof(writer.ends) < 8 * 1000 * 9 / 8 + 200  # as it grows, an eighth is room for more
 
 
 def test_writer_killed_in_the_middle_leaves_the_old_file(tmp_path):
     write_shard(tmp_path / "a.tokens", [[1]], 300)
-    found = spawn_ranks(1, write_and_die, tmp_path / "a.tokens", init=False, return_exceptions=True)
-    assert isinstance(found[0], ProcessLookupError)
-    assert open_shard(tmp_path / "a.tokens")[0].tolist() == [1]
+
+    def documents():
+        yield from [[1, 2, 3]] * 10_000
+        os.kill(os.getpid(), signal.SIGKILL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of torch, which the child does not need
+        child = os.fork()
+    if child == 0:
+        try:
+            write_shard(tmp_path / "a.tokens", documents(), 300)
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert open_shard(tmp_path / "a.tokens")[0].tolist() == [1] and len(os.listdir(tmp_path)) == 2
 
 
 # --- training and validation --------------------------------------------------------------------
@@ -191,12 +215,13 @@ def test_best_fit_matches_naive():
             np.testing.assert_array_equal(pack_best_fit(lengths, context), pack_best_fit_naive(lengths, context))
 
 
-def fewest_contexts(lengths, context):
-    """Brute force: every assignment of documents to as many contexts, fewest first."""
-    for k in range(1, len(lengths) + 1):
-        for rows in itertools.product(range(k), repeat=len(lengths) - 1):
-            if max(np.bincount((0, *rows), lengths)) <= context:
-                return k
+def fewest_contexts(lengths, context, spaces=()):
+    """Brute force: the first document into every context that has room, and into a new one; then the others."""
+    if not lengths:
+        return len(spaces)
+    n, *rest = lengths
+    return min(fewest_contexts(rest, context, (*spaces[:k], space - n, *spaces[k + 1:]))
+               for k, space in enumerate((*spaces, context)) if space >= n)
 
 
 def test_best_fit_is_within_its_bound_of_the_optimum():
@@ -204,7 +229,7 @@ def test_best_fit_is_within_its_bound_of_the_optimum():
     rng, extra = np.random.RandomState(2), 0
     for _ in range(60):
         lengths = rng.randint(1, 11, size=6)
-        best, used = fewest_contexts(lengths, 10), pack_best_fit(lengths, 10)[-1, 0] + 1
+        best, used = fewest_contexts(lengths.tolist(), 10), pack_best_fit(lengths, 10)[-1, 0] + 1
         assert best <= used <= 11 / 9 * best + 6 / 9
         assert used <= pack_in_order(lengths, 10)[-1, 0] + 1 <= pack_padded(lengths, 10)[-1, 0] + 1
         extra += used - best
@@ -334,13 +359,27 @@ def test_contexts_refuse_plans_that_do_not_fit():
 
 # --- the program --------------------------------------------------------------------------------
 
-def test_flags_change_what_is_written(tmp_path):
+def test_flags_change_what_is_written(tmp_path, monkeypatch, capsys):
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["packing.py", "--data", f"{tmp_path}/*.txt", *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / "packing.py"), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"text number {i} " * (i + 1))
-    command = ["packing.py", "--data", tmp_path / "*.txt", "--context", 64, "--held_out", 0.3]
-    result = run_program([*command, "--seed", 1, "--out", tmp_path / "out"])
-    assert result.returncode == 0 and "exactly once: True; a flipped bit is refused by name: True" in result.stdout
-    assert "context 64" in result.stdout and "naive = fast: True" in result.stdout
-    assert len(open_shard(tmp_path / "out" / "train.tokens")) + len(open_shard(tmp_path / "out" / "validation.tokens")) == 30
-    again = run_program([*command, "--out", tmp_path / "out"])
-    assert again.returncode == 2 and again.stderr.startswith("packing.py: ") and again.stderr.count("\n") == 1
+    out = tmp_path / "out"
+    for flags, message in ((("--context", 0), "--context must be"), (("--seed", -1), "--seed in"),
+                           (("--held_out", 1), "held_out must be"), (("--held_out", 1e-12), "0 held out")):
+        status, printed, error = run(*flags, "--out", out)
+        assert (status, printed, out.exists()) == (2, "", False) and re.fullmatch(rf"packing\.py: .*{message}.*\n", error)
+    status, printed, error = run("--context", 64, "--held_out", 0.3, "--seed", 1, "--out", out)
+    assert status == 0 and "exactly once: True; a flipped bit is refused by name: True" in printed, error
+    assert "context 64" in printed and "naive = fast: True" in printed
+    assert len(open_shard(out / "train.tokens")) + len(open_shard(out / "validation.tokens")) == 30
+    status, printed, error = run("--out", out)
+    assert (status, printed) == (2, "") and re.fullmatch(r"packing\.py: .*is there already.*\n", error)
+    status, printed, _ = run("--context", 10**6, "--held_out", 0.3)  # no mask of 10^12
+    assert status == 0 and "context 1000000" in printed

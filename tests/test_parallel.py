@@ -668,7 +668,7 @@ def test_demo_starts_as_many_ranks_as_asked_whatever_another_launcher_left_in_th
     monkeypatch.setattr(sys, "argv", ["parallel.py", "--ranks", "2"])
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(torch.multiprocessing, "spawn", lambda fn, args, nprocs: started.append(nprocs))
+    monkeypatch.setattr(parallel, "_start_ranks", lambda function, arguments, P: started.append(P))
     parallel.main()
     assert started == [2]
 

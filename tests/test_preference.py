@@ -81,7 +81,8 @@ def test_the_head_is_drawn_from_its_generator_in_the_models_dtype_and_can_be_cen
 
 def test_scores_of_a_bf16_model_are_fp32():
     model = RewardModel(small("gpt").bfloat16())
-    assert model(torch.tensor(ROWS[:1])).dtype == torch.float32
+    scores = model(torch.tensor(ROWS[:1]))
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())  # not of 8 bits
 
 
 def test_shift_rows_is_undone_by_its_negative():
@@ -157,6 +158,11 @@ def test_shorter_rankings_are_filled_with_minus_infinity():
     ours = ranking_loss(torch.stack((scores[0], ragged)))
     expected = (ranking_loss(scores[:1]) + ranking_loss(scores[1:, :2])) / 2
     assert_same_with_gradients(ours, expected, [scores])
+
+
+def test_a_score_that_is_nan_is_not_taken_for_a_filling():
+    scores = torch.tensor([[1.0, math.nan, 0.0], [2.0, 1.0, -math.inf]])
+    assert ranking_loss(scores).isnan() and ranking_loss(scores[1:]).isfinite()
 
 
 def test_answers_are_put_by_ranking_and_in_pairs():
@@ -268,6 +274,7 @@ def test_a_tabular_policy_learns_by_dpo_what_the_reward_model_says_it_should():
     (lambda: ranking_loss(torch.zeros(2)), r"must be \(N, K\)"),
     (lambda: calibration(torch.zeros(0), torch.zeros(0)), "0 pairs and 10 bins"),
     (lambda: calibration(torch.zeros(1), torch.zeros(1), 0), "1 pairs and 0 bins"),
+    (lambda: calibration(torch.zeros(2), torch.tensor([1, math.nan])), r"pairs \[1\] have a score that is not finite"),
     (lambda: dpo_loss(*torch.zeros(4, 2), kind="hinge"), "'hinge' and 0.1"),
     (lambda: dpo_loss(*torch.zeros(4, 2), beta=0), "'sigmoid' and 0"),
     (lambda: dpo_loss(*torch.zeros(4, 2), label_smoothing=0.5), "got 0.5 for sigmoid"),
@@ -279,7 +286,7 @@ def test_bad_input_is_refused(call, message):
         call()
 
 
-@pytest.mark.parametrize("flags", [["--pairs", "3"], ["--beta", "0"], ["--beta", "nan"], ["--seed", "-1"], ["--pears", "1"]])
+@pytest.mark.parametrize("flags", [["--pairs", "3"], ["--pairs", "1000000000000"], ["--beta", "0"], ["--beta", "nan"], ["--seed", "-1"], ["--pears", "1"]])
 def test_a_bad_flag_is_answered_in_one_line(flags):
     found = run_here(["preference.py", *flags])
     assert found.returncode == 2 and found.stdout == ""

@@ -78,8 +78,8 @@ def test_supervised_loss_matches_response_by_response():
 def test_fine_tuning_learns_and_counts_tokens():
     model = tiny()
     rows = ([[2], [3]], [[4, 1], [5, 1]])
-    seen = learn_from_rows(model, lambda step: rows, 120, 1e-2)
-    assert seen == 120 * 6
+    seen = learn_from_rows(model, lambda step: rows, 60, 2e-2)
+    assert seen == 60 * 6
     assert generate_rollout(model, rows[0], 4, temperature=0, stop_tokens=[1]).responses() == rows[1]
 
 
@@ -153,6 +153,18 @@ def test_a_random_reward_does_not_look_at_answers():
     assert rewards[0] == rewards[1] and all(0 < reward < 1 for reward in rewards[0])
 
 
+def test_reinforcement_goes_on_after_its_own_answers():
+    """Half of the second step's prompts follow up answers of the first, as they were sampled."""
+    school, followed, sampled = School(2, 0), [], []
+    follow_up, is_right = school.follow_up, school.is_right
+    school.follow_up = lambda puzzle, y: followed.append((puzzle, y)) or follow_up(puzzle, y)
+    school.is_right = lambda puzzle, y: sampled.append((puzzle, y)) or is_right(puzzle, y)
+    reinforce(new_model(school, 0), school, 1, 0, 6, 4)
+    assert not followed
+    reinforce(new_model(school, 0), school, 2, 0, 6, 4)
+    assert len(followed) == 3 and all(pair in sampled for pair in followed)
+
+
 def test_a_judge_rewards_what_no_checker_knows():
     school, asked = School(2, 0), []
     reinforce(new_model(school, 0), school, 1, 0, 4, 4, judge=lambda x, y: asked.append(x) or 0.5, general=0.5)
@@ -189,14 +201,13 @@ def test_without_processes_gradients_stay():
 # --- the program ------------------------------------------------------------------------------------
 
 
-def test_demo_tells_the_whole_story(tmp_path):
-    small = ["--steps", "3", "--rl_steps", "1", "--problems", "4", "--level", "2"]
-    found = run_program(["reason.py", *small, "--plot", tmp_path / "a.png", "--save", tmp_path / "a.pt"])
-    assert found.returncode == 0, found.stderr
+def test_demo_tells_the_whole_story(tmp_path, capsys):
+    reason.main(level=2, steps=3, rl_steps=1, problems=4, seed=0, plot=tmp_path / "a.png", save=tmp_path / "a.pt")
+    said = capsys.readouterr().out
     for phase in ("direct answers", "worked steps", "base", "prompted with reasoning", "zero", "control", "1 cold start",
                   "2 reasoning RL", "3 rejection", "4 diverse RL", "drawn", "saved"):
-        assert phase in found.stdout, phase
-    assert "points gained: chain of thought over direct" in found.stdout.splitlines()[-1]
+        assert phase in said, phase
+    assert "points gained: chain of thought over direct" in said.splitlines()[-1]
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert set(torch.load(tmp_path / "a.pt", weights_only=True)) == {"level", "model"}
 

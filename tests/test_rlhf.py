@@ -176,6 +176,9 @@ def test_adaptive_kl_moves_towards_its_target_at_a_limited_speed():
     assert controller.update(60.0, 100) == pytest.approx(0.101 * 1.02)
     assert controller.update(0.0, 100) == pytest.approx(0.101 * 1.02 * 0.98)
     assert AdaptiveKL(0.1, 6.0, 1000).update(6.0, 100) == 0.1
+    for kl, answers in ((math.nan, 10), (6.0, 1001)):  # the second would turn a penalty into a reward at 5,000
+        with pytest.raises(ValueError, match=f"got {kl} and {answers}"):
+            AdaptiveKL(0.1, 6.0, 1000).update(kl, answers)
 
 
 def test_group_and_leave_one_out_advantages_match_loops():
@@ -187,7 +190,8 @@ def test_group_and_leave_one_out_advantages_match_loops():
             assert group_advantages(rewards, scale=False)[n, g].item() == pytest.approx(r - mean, abs=1e-12)
             others = [x for i, x in enumerate(row) if i != g]
             assert rloo_advantages(rewards)[n, g].item() == pytest.approx(r - np.mean(others), abs=1e-12)
-    assert (group_advantages(torch.full((2, 3), 0.5)) == 0).all()
+    for equal in (0.5, 0.1, 3.7, 1000.1):  # the rounded mean of three times 1000.1 is off by more than the 1e-6 beside std
+        assert (group_advantages(torch.full((2, 3), equal)) == 0).all() and (rloo_advantages(torch.full((2, 3), equal)) == 0).all()
     # divided, a prompt whose rewards differ little weighs as much as any other
     torch.testing.assert_close(group_advantages(rewards), group_advantages(1000 * rewards), atol=1e-5, rtol=0)
     assert_close(group_advantages(1000 * rewards, scale=False), 1000 * group_advantages(rewards, scale=False))
@@ -362,22 +366,23 @@ def test_every_detail_of_ppo_changes_what_is_learned(change):
     assert (before - after).abs().max() > 1e-6
 
 
-def test_one_step_of_ppo_matches_the_formulas_put_together():
+@pytest.mark.parametrize("left", [True, False])
+def test_one_step_of_ppo_matches_the_formulas_put_together(left):
     """One epoch of one minibatch: every part computed by the naive functions, one row at a time."""
     config = PPOConfig(**{**BASE, "epochs": 1, "minibatches": 1, "truncated": "bootstrapped", "score_clip": 1.0})
-    found, statistics = updated(config)
     policy, reference, value = models()
-    batch = experience(policy, reference)
+    batch = experience(policy, reference, left=left)
+    found, statistics = updated(config, batch)
     values, after = torch.zeros(6, 9, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     log_probs = torch.zeros(6, 9, dtype=torch.float64)
     predicted = log_probs.clone()
     for b in range(6):
-        left, last = int(batch.padding[b]), int(last_place(batch.mask)[b])
-        row = batch.tokens[b, left:last + 1].tolist()
-        log_probs = log_probs.index_put((torch.full((len(row),), b), torch.arange(left, last + 1)), alone(policy, row))
+        first, last = int(batch.padding[b]) if left else 0, int(last_place(batch.mask)[b])
+        row = batch.tokens[b, first:last + 1].tolist()
+        log_probs = log_probs.index_put((torch.full((len(row),), b), torch.arange(first, last + 1)), alone(policy, row))
         seen = value(torch.tensor([row]))[0]
         after[b] = seen[-1].detach()
-        predicted = predicted.index_put((torch.full((len(row) - 1,), b), torch.arange(left + 1, last + 1)), seen[:-1])
+        predicted = predicted.index_put((torch.full((len(row) - 1,), b), torch.arange(first + 1, last + 1)), seen[:-1])
     log_probs, predicted = log_probs * batch.mask, predicted * batch.mask
     values = predicted.detach()
     rewards = -0.5 * (log_probs.detach() - batch.reference) * batch.mask
@@ -525,7 +530,9 @@ ONES = torch.ones(2, 3)
     (lambda: grpo_loss(ONES, ONES, ONES, torch.ones(2), ONES, length="token"), "'token'"),
     (lambda: best_of_n(torch.ones(2, 3), 4), r"\(2, 3\) and 4"),
     (lambda: PPOConfig(truncated="ignored"), "got 'ignored'"),
-    (lambda: PPOConfig(epochs=0), "got 0, 4"),
+    (lambda: PPOConfig(epochs=0), "got PPOConfig.*epochs=0"),
+    (lambda: PPOConfig(value_clip=-0.2), "limits positive, got PPOConfig.*value_clip=-0.2"),
+    (lambda: PPOConfig(lam=1.5), r"lam in \[0, 1\]"),
     (lambda: updated(PPOConfig(minibatches=7)), "6 answers cannot be cut into 7 minibatches"),
 ])
 def test_bad_input_is_refused(call, message):

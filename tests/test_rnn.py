@@ -183,7 +183,7 @@ def test_every_flag_changes_something(program, tmp_path):
     assert base == program(*small)
     for flag, value in (("--d_model", 9), ("--distance", 5), ("--batch", 3), ("--seed", 1)):
         assert program(*small, flag, value) != base
-    assert "drawn in" in program(*small, "--plot", tmp_path / "rnn.png")
+    assert "drawn: " in program(*small, "--plot", tmp_path / "rnn.png")
     assert (tmp_path / "rnn.png").read_bytes()[:4] == b"\x89PNG"
     assert "left after 1 steps" in program("--d_model", 1, "--distance", 1, "--batch", 1)
 

@@ -12,7 +12,7 @@ from run_here import run_here
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
 from moe import MoE
-from rollout import draw_tokens, generate_rollout, naive_generate_rollout
+from rollout import PADDED, _ends_of_alike, draw_tokens, generate_rollout, naive_generate_rollout
 
 V, CONTEXT = 23, 32
 
@@ -100,6 +100,31 @@ def test_a_row_depends_on_its_own_numbers_alone(batch):
     assert seeded[0] == seeded[1] != seeded[2]
 
 
+def test_the_model_sees_little_padding_and_no_answer_after_its_end(monkeypatch):
+    model, seen = gpt(), []
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda tokens, start=0: (seen.append(tokens.shape), embed(tokens, start))[1])
+    found = generate_rollout(model, PROMPTS, 12, stop_tokens=[4, 7], generator=torch.Generator().manual_seed(0))
+    answers = found.mask.sum(1)  # their lengths
+    steps = seen[len(_ends_of_alike(sorted(map(len, PROMPTS)))):]  # behind those that read prompts
+    assert steps == [(int((answers > n).sum()), 1) for n in range(1, int(answers.max()))]
+    assert _ends_of_alike([7] * 9) == [9] and _ends_of_alike([3]) == [1]
+    lengths = sorted(torch.randint(4, 65, (32,), generator=torch.Generator().manual_seed(0)).tolist())
+    begin = 0
+    for end in (ends := _ends_of_alike(lengths)):
+        part = lengths[begin:end]
+        assert 1 - sum(part) / (len(part) * part[-1]) <= PADDED
+        begin = end
+    assert begin == 32 and len(ends) < 10
+
+
+def test_a_model_that_has_diverged_is_refused():
+    model = gpt()
+    model.position_embedding.weight.data[3] = float("nan")  # of two prompts, one reaches it
+    with pytest.raises(ValueError, match=r"logits are not finite for prompts \[1\]"):
+        generate_rollout(model, [[1], [1, 2, 3, 4]], 2)
+
+
 def test_drawn_tokens_are_distributed_as_softmax():
     logits = torch.randn(1, 7, generator=torch.Generator().manual_seed(0)) * 2
     uniforms = torch.rand(40000, generator=torch.Generator().manual_seed(1))
@@ -143,9 +168,9 @@ def test_bad_input_is_refused(prompts, options, message):
 
 
 def test_program_ends_on_its_verdict_and_refuses_in_one_line():
-    found = run_here(["rollout.py", "--prompts", "6", "--max_new_tokens", "12"])
-    assert found.returncode == 0 and "batched = alone: True (6 answers)" in found.stdout.splitlines()[-1]
-    other = run_here(["rollout.py", "--prompts", "6", "--max_new_tokens", "12", "--seed", "1"])
-    assert other.stdout.splitlines()[0].split()[1] != "" and other.returncode == 0
+    found = run_here(["rollout.py", "--prompts", "3", "--max_new_tokens", "24"])
+    assert found.returncode == 0 and "batched = alone: True (3 answers)" in found.stdout.splitlines()[-1]
+    other = run_here(["rollout.py", "--prompts", "3", "--max_new_tokens", "24", "--seed", "1"])
+    assert other.returncode == 0 and other.stdout.splitlines()[2] != found.stdout.splitlines()[2]  # another mean length
     bad = run_here(["rollout.py", "--prompts", "0"])
     assert bad.returncode == 2 and bad.stderr.startswith("rollout.py: --prompts") and bad.stderr.count("\n") == 1

@@ -43,9 +43,9 @@ def test_a_run_is_neither_continued_nor_overwritten_unasked(tmp_path):
 
 
 def test_settings_of_the_checkpoint_hold_under_what_is_given_now(tmp_path):
-    path = a_run(tmp_path, lr=1e-3, steps=40, micro_batch=2)
+    path = a_run(tmp_path, lr=1e-3, steps=40, micro_batch=2, stage="pretrain")
     settings, found = decide(tmp_path, resume=True, steps=60)
-    assert found == path and (settings.lr, settings.steps) == (1e-3, 60)
+    assert found == path and (settings.lr, settings.steps, settings.stage) == (1e-3, 60, "pretrain")
     assert settings.micro_batch is None  # of the machine, not of the run
     for flag, value in {"d_model": 64, "seed": 3}.items():
         run_folder.unlock()

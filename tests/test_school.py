@@ -1,6 +1,7 @@
 """Prompts of one width, texts that are right, opinions by the rule."""
 
 import pytest
+import school as school_program
 import torch
 from conftest import run_program
 from school import School, new_model
@@ -14,7 +15,8 @@ def school():
 def test_prompts_have_one_width_and_answers_fit(school):
     prompts, responses = school.corpus(200)
     assert {len(prompt) for prompt in prompts + school.general(50)[0]} == {school.before + school.asked}
-    assert max(map(len, responses)) <= school.longest
+    steps = school.reasoning(school.problems(1, 6)[0]) + 4 * school.puzzles.WAIT  # the most that the corpus has
+    assert max(map(len, responses)) <= school.longest == len(school.response(school.puzzles.write_answer(steps, "1")))
     assert len(prompts[0]) + school.longest <= new_model(school, 0).config.context
 
 
@@ -65,18 +67,23 @@ def test_drafts_and_examples_fit_whole_into_a_prompt(level):
 
 
 def test_follow_ups_come_after_an_answer_or_a_pause(school):
-    puzzles = school.problems(60)
-    kinds = [0, 0, 0]
+    puzzles, kinds = school.problems(60), [0, 0, 0]
     for puzzle in puzzles:
-        prompt = school.follow_up(puzzle)
-        said = school.puzzles.text_of(prompt[school.before + school.asked:])
+        answer = school.puzzles.write_answer("12" + school.puzzles.WAIT + "3", "3")
+        prompt = school.follow_up(puzzle, school.response(answer))
+        before, said = (school.puzzles.text_of(part) for part in (prompt[:school.before], prompt[school.before + school.asked:]))
         waits = said.count(school.puzzles.WAIT)
-        kinds[waits] += 1
-        first = school.puzzles.text_of(prompt[:school.before]).strip()
-        assert (first == "") == (waits > 0)
-        assert said == (school.puzzles.THINK + school.reasoning(puzzle) + school.puzzles.WAIT * waits if waits else "")
-        assert school.puzzles.format_reward(first) == (waits == 0)
+        kinds[max(0, waits - 1)] += 1
+        assert before.strip() == ("" if waits else "<think>123</think><answer>3</answer>")  # without its pause
+        assert said == ("<think>12<wait>3" + (waits - 1) * "<wait>" if waits else "")
+        assert prompt[school.before:][:school.asked] == school.prompt(puzzle.question)[school.before:]
     assert kinds[0] > kinds[1] > 5 and kinds[2] > 5
+
+
+def test_thinking_that_has_not_ended_is_no_thinking_to_go_on_with(school):
+    puzzle = school.problems(1)[0]
+    for text in ("7", "<think>123", ""):
+        assert all(school.follow_up(puzzle, school.puzzles.ids_of(text)) == school.prompt(puzzle.question, text) for _ in range(9))
 
 
 def test_lessons_are_mostly_of_the_highest_level(school):
@@ -111,8 +118,11 @@ def test_models_of_a_seed_are_the_same(school):
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def test_demo_ends_on_a_verdict_and_flags_change_it():
-    outputs = [run_program(["school.py", *flags]).stdout for flags in ([], ["--level", "3"], ["--seed", "1"])]
+def test_demo_ends_on_a_verdict_and_flags_change_it(capsys):
+    outputs = []
+    for level, seed in ((6, 0), (3, 0), (6, 1)):
+        school_program.main(level, seed)
+        outputs.append(capsys.readouterr().out)
     assert len(set(outputs)) == 3 and all(output.splitlines()[-1].count("True") == 2 for output in outputs)
     found = run_program(["school.py", "--level", "99"])
     assert found.returncode == 2 and found.stderr.startswith("school.py: level must be") and found.stderr.count("\n") == 1

@@ -119,8 +119,8 @@ def test_a_signal_ends_the_stage_saved_and_a_resumed_one_ends_as_the_unbroken_on
 
 def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
     clock = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr(stages.time, "monotonic", lambda: next(clock))
-    with pytest.raises(KeyboardInterrupt), stages.noting_signals(lambda text: None) as received:
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt), processes.noting_signals(lambda text: None) as received:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # a second later: torchrun passing it on
         assert received == [signal.SIGINT] * 2

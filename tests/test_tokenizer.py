@@ -395,6 +395,30 @@ def test_saving_that_fails_leaves_what_was_there(encoding, tmp_path, monkeypatch
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, CL100K_SPLIT], ids=["gpt2", "cl100k"])
+def test_what_is_written_for_transformers_gives_the_same_ids(tmp_path, pattern):
+    from transformers import AutoTokenizer
+    ours = train([CORPUS], 700, pattern, ("<|endoftext|>", "<|user|>"))
+    tokenizer.save_hugging_face(ours, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in HOSTILE + [CORPUS[-20_000:], "<|user|>"]:
+        ids = encode(ours, text, allow_special=True)  # as transformers does
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert (theirs.eos_token_id, len(theirs)) == (eot(ours), ours.n_vocab)
+
+
+def test_ranks_that_are_no_merges_cannot_be_written_for_transformers(tmp_path):
+    odd = tiktoken.Encoding("odd", pat_str=GPT2_SPLIT, mergeable_ranks=BYTES | {b"abc": 256}, special_tokens={})
+    with pytest.raises(ValueError, match="b'abc' is no merge of two tokens of lower rank"):
+        tokenizer.save_hugging_face(odd, tmp_path)
+
+
+def test_a_folder_with_a_rank_file_is_read_by_it(encoding, tmp_path):
+    save(encoding, tmp_path / "tokenizer.tiktoken")
+    assert same(load(tmp_path), encoding)
+
+
 # --- GPT-2's two files --------------------------------------------------------------------------
 
 @pytest.fixture

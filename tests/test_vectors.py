@@ -218,7 +218,7 @@ def test_bad_input_of_the_program_is_one_line_and_status_2(tmp_path, monkeypatch
 
 
 def test_plot_without_matplotlib_is_one_clear_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, _, error = run(monkeypatch, capsys, "--plot", "a.png")
     assert status == 2 and error == "vectors.py: --plot needs matplotlib: pip install matplotlib\n"
 

@@ -403,6 +403,12 @@ def test_every_flag_of_the_demo_changes_something(tmp_path, monkeypatch, capsys)
     assert drawn == [("a.png", "b")]
 
 
+def test_a_plot_without_matplotlib_is_refused_before_the_training(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="--plot needs matplotlib: pip install matplotlib"):
+        run_demo(monkeypatch, capsys, ("plot", "a.png"))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--data", "none.txt"], "none.txt: no such file"),
     (["--data", "few.txt"], "0 of 2 different items occur 5 times"),

@@ -124,20 +124,35 @@ def test_every_stage_matches_one_process(P, name):
             assert_same(each, expected, 1e-12 if name == "gpt" else 1e-10)  # RMSNorm has its statistics in fp32
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_offload_matches_one_process(stage):
+@pytest.mark.parametrize("stage, make", [(0, gpt), (1, llama), (2, gpt), (3, llama)])
+def test_offload_matches_one_process(stage, make):
     def work(rank):
-        trainer, norms = train(rank, 2, gpt, stage, 2, offload=True)
+        trainer, norms = train(rank, 2, make, stage, 2, steps=2, offload=True)
         return result(trainer), norms, trainer.bytes_held()
+    expected = one_process(make(), steps=2)
     for parameters, norms, held in run_ranks(2, work):
-        assert_same((parameters, norms), one_process(gpt()))
+        assert_same((parameters, norms), expected, 1e-12 if make is gpt else 1e-10)
         n = sum(p.nbytes for p in parameters.values())
         assert held["host"] >= 4 * n / (2 if stage else 1)  # masters, two moments and gradients
 
 
+def test_every_stage_and_offload_match_one_process_in_fp32():
+    """By SGD: of a gradient that is nothing but rounding, Adam makes a whole step."""
+    make, sgd = partial(llama, True, torch.float32), partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+    def work(rank):
+        for stage, offload in ((0, False), (1, False), (2, True), (3, False), (3, True)):
+            trainer, norms = train(rank, 3, make, stage, optimizer=sgd, steps=2, offload=offload)
+            yield result(trainer), norms
+    expected = one_process(make(), sgd, steps=2)
+    for found in run_ranks(3, lambda rank: list(work(rank))):
+        for each in found:
+            assert_same(each, expected, 2e-6)  # some roundings of numbers around 1
+
+
 def test_a_delayed_update_is_one_step_behind():
     """Ren et al. 2021, figure 6: forward and backward of a step run with the parameters of the step before."""
-    model, steps = gpt(), 4
+    model, steps = gpt(), 3
     ahead = copy.deepcopy(model)  # what the background has
     optimizer = adamw([{"params": [p], **decay(name, p)} for name, p in ahead.named_parameters()])
     for batch in batches(steps):
@@ -169,9 +184,9 @@ def test_a_delayed_update_is_one_step_behind():
 def test_other_optimizers_match_one_process(optimizer):
     def work(rank):
         for stage in (1, 3):
-            trainer, norms = train(rank, 2, gpt, stage, optimizer=optimizer)
+            trainer, norms = train(rank, 2, gpt, stage, optimizer=optimizer, steps=2)
             yield result(trainer), norms
-    expected = one_process(gpt(), optimizer)
+    expected = one_process(gpt(), optimizer, steps=2)
     for found in run_ranks(2, lambda rank: list(work(rank))):
         for each in found:
             assert_same(each, expected)
@@ -209,32 +224,30 @@ def test_masters_begin_with_the_values_that_the_parameters_had():
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_grad_dtype_accumulates_and_sends_in_fp32(stage):
-    """64 micro-batches of equal gradients: in bf16 the sum stops growing."""
+    """Micro-batches whose gradients are 256, 1, 1 and 1: in bf16, 256 + 1 = 256."""
     def norm(grad_dtype):
         def work(rank):
             model = nn.Linear(4, 4, bias=False).bfloat16()
-            nn.init.constant_(model.weight, 0.5)
             trainer = ZeRO(model, adamw, stage=stage, reduction="sum", grad_dtype=grad_dtype)
-            x = torch.ones(1, 4, dtype=torch.bfloat16)
             with trainer.no_sync():
-                for _ in range(300):
-                    model(x).sum().backward()
-            model(x).sum().backward()
+                for size in (256.0, 1.0, 1.0):
+                    model(torch.full((1, 4), size, dtype=torch.bfloat16)).sum().backward()
+            model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
             trainer.finish()
             return trainer.squared_norm().sqrt().item()
         return run_ranks(2, work)
-    assert norm(torch.float32) == [pytest.approx(2 * 301 * 4)] * 2
-    assert max(norm(None)) < 2 * 260 * 4  # 256 + 1 = 256 in bf16
+    assert norm(torch.float32) == [pytest.approx(2 * 259 * 4)] * 2
+    assert norm(None) == [pytest.approx(2 * 256 * 4)] * 2
 
 
 def test_stages_2_and_3_reduce_at_every_backward_outside_of_no_sync():
     def work(rank):
         for stage in (2, 3):
-            trainer, norms = train(rank, 2, gpt, stage, 3, sync=True)
+            trainer, norms = train(rank, 2, gpt, stage, 3, sync=True, steps=2)
             yield result(trainer), norms
         with pytest.raises(RuntimeError, match="already sent"):
             train(rank, 2, gpt, 1, 2, sync=True)
-    expected = one_process(gpt())
+    expected = one_process(gpt(), steps=2)
     for found in run_ranks(2, lambda rank: list(work(rank))):
         for each in found:
             assert_same(each, expected)
@@ -321,10 +334,10 @@ def test_zero_on_top_of_tensor_parallelism_matches_one_process():
             model = make()
             model.tp_group = mesh.tp
             tp.tensor_parallel(model, mesh.tp, sequence=stage == 3 and make is gpt)
-            trainer, norms = train(dist.get_rank(mesh.dp), 2, model, stage, losses=losses_of, group=mesh.dp)
+            trainer, norms = train(dist.get_rank(mesh.dp), 2, model, stage, losses=losses_of, group=mesh.dp, steps=2)
             with trainer.gathered():
                 yield {name: tp.whole(p).clone() for name, p in model.named_parameters()}, norms
-    expected = one_process(gpt()), one_process(llama()), one_process(gpt())
+    expected = [one_process(make(), steps=2) for make in (gpt, llama, gpt)]
     for found in run_ranks(4, lambda rank: list(work(rank))):
         for each, wanted, tolerance in zip(found, expected, (1e-12, 1e-10, 1e-12)):
             assert_same(each, wanted, tolerance)
@@ -334,11 +347,9 @@ def test_zero_on_top_of_tensor_parallelism_matches_one_process():
 
 def _beside_torch(rank):
     """The same steps by DDP + ZeroRedundancyOptimizer, fully_shard and each stage; largest differences."""
-    import warnings
-    warnings.simplefilter("ignore")
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    one = gpt()
+    one, P = gpt(), dist.get_world_size()
     ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(one))
     sharded = copy.deepcopy(one)
     for block in sharded.blocks:
@@ -348,7 +359,7 @@ def _beside_torch(rank):
                   torch.optim.AdamW(sharded.parameters(), lr=1e-2)]
     for model, optimizer in zip((ddp, sharded), optimizers):
         for batch in batches():
-            (2 * loss_of(model, batch[rank::2])).backward()
+            (P * loss_of(model, rows_of(batch, rank, P))).backward()
             optimizer.step()
             optimizer.zero_grad()
     theirs = values(ddp.module), {name: p.full_tensor().detach() for name, p in sharded.named_parameters()}
@@ -357,7 +368,7 @@ def _beside_torch(rank):
         model = copy.deepcopy(one)
         trainer = ZeRO(model, adamw, stage=stage)
         for batch in batches():
-            (2 * loss_of(model, batch[rank::2])).backward()
+            (P * loss_of(model, rows_of(batch, rank, P))).backward()
             trainer.finish()
             trainer.step()
             trainer.zero_grad()
@@ -366,9 +377,18 @@ def _beside_torch(rank):
     return differences
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_stages_match_zero_redundancy_optimizer_and_fully_shard():
+    """On three ranks, which divide neither the parameters nor the rows of a matrix."""
+    for found in run_ranks(3, _beside_torch, backend="gloo"):
+        assert len(found) == 8 and max(found) < 1e-12
+
+
+# --- memory and messages ---------------------------------------------------------------------
+
 def _in_processes(rank):
     return {"memory": [_memory(rank, False), _memory(rank, True)], "building": _build(rank),
-            "sent": [_count_bytes(rank, stage) for stage in range(4)], "torch": _beside_torch(rank)}
+            "sent": [_count_bytes(rank, stage) for stage in range(4)]}
 
 
 @pytest.fixture(scope="module")
@@ -376,13 +396,6 @@ def in_processes():
     """What cannot be seen from threads, of two ranks that are processes, started once."""
     return spawn_ranks(2, _in_processes)
 
-
-def test_stages_match_zero_redundancy_optimizer_and_fully_shard(in_processes):
-    for found in in_processes:
-        assert len(found["torch"]) == 8 and max(found["torch"]) < 1e-12
-
-
-# --- memory and messages ---------------------------------------------------------------------
 
 def _memory(rank, half):
     adamw([nn.Parameter(torch.zeros(1))])  # imports what optimizers need
@@ -403,8 +416,9 @@ def _memory(rank, half):
         with zero_memory.PeakBytes() as peak:
             model(torch.zeros(1, 1, dtype=torch.long)).float().sum().backward()
             trainer.finish()
-        unit = (2 if half else 4) * sum(p.numel() for p in model.blocks[0].parameters())
-        found[-1] += (peak.most / unit, resting / n)
+        unit = sum(p.numel() for p in model.blocks[0].parameters())
+        limit = zero_memory.peak_of_stage_3(n, unit, n - 3 * unit, 2, half)
+        found[-1] += ((resting + peak.most) / limit, resting / n)
         del model, trainer
     return found
 
@@ -418,9 +432,7 @@ def test_bytes_held_are_the_formulas(half, in_processes):
             formula = zero_memory.bytes_per_parameter(stage, 2, half)
             assert held == pytest.approx(formula, rel=0.02) and everything == pytest.approx(formula, rel=0.02)
             assert resting <= 1.02 * formula
-        # Two units of parameters, two of gradients, half a unit of messages; and two pieces of a sum that is under way,
-        # 2**15 numbers each, and one weight's gradient, which are little beside a unit of a larger model.
-        assert found[7][2] < 4.5 + 0.5 + (0.4 if half else 0.2) + 0.3
+        assert 0.85 < found[7][2] <= 1.02  # of what stage 3 may take within a step
 
 
 def test_bytes_per_parameter_is_figure_1_of_the_paper():
@@ -710,7 +722,7 @@ def test_a_model_without_trained_parameters_and_half_an_initialise_are_refused()
         ZeRO(model, adamw, initialise=lambda model: [next(it := model.named_parameters()), next(it)] and None)
 
 
-@pytest.mark.parametrize("arguments", [["--ranks", "9"], ["--width", "5"], ["--steps", "0"], ["--plot", "nowhere/x.png"],
+@pytest.mark.parametrize("arguments", [["--ranks", "9"], ["--width", "65"], ["--width", "60"], ["--steps", "0"], ["--plot", "nowhere/x.png"],
                                        ["--seed", "-1"]])
 def test_the_program_refuses_in_one_line(arguments, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["zero.py", *arguments])
