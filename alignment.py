@@ -139,7 +139,7 @@ class AlignConfig:
 
 @dataclass
 class Questions:
-    """What is learnt from and judged by: conversations, prompts that need answers, and who compares these."""
+    """What is learned from and judged by: conversations, prompts that need answers, and who compares these."""
     train: list  # chat.Conversation
     held_out: list
     labeller: object | None  # labeller.Labeller; None: the pairs come from a file

@@ -1,4 +1,4 @@
-"""BERT: a bidirectional encoder, pre-trained by filling gaps, then fine-tuned.   Devlin et al. 2019, 1810.04805
+"""BERT: a bidirectional encoder, pre-trained by filling gaps, then fine-tuned.   Devlin et al. 2019 (1810.04805)
 
 Idea      A model that reads in both directions cannot be trained to predict the next token: it sees it. So hide 15 %
           of the tokens and let it guess them from both sides; and let it tell whether one text follows another.

@@ -1,11 +1,11 @@
-"""Chat: conversations as tokens, with a mask of what to learn.     Ouyang et al. 2022 (InstructGPT, 2203.02155)
+"""Chat: conversations as tokens, with a mask of what to learn.   Ouyang et al. 2022 (InstructGPT, 2203.02155)
 
 Idea      A base model continues text; an assistant answers. Special tokens that no text can spell mark who speaks
           and where a turn ends. The model learns to write the assistant's turns and nothing else: its loss counts
           their tokens, and the <|end|> after each, so that it learns to stop.
 Formula   <|user|> question <|end|> <|assistant|> answer <|end|>  ...         one conversation, as often as it goes on
           mask     0         0       0        0         1      1              -log P(answer <|end|> | all before)
-Shapes    conversations -> tokens (B, T) int64, mask (B, T) fp32: mask[b, t] = 1 if token t of row b is to be learnt.
+Shapes    conversations -> tokens (B, T) int64, mask (B, T) fp32: mask[b, t] = 1 if token t of row b is to be learned.
           A row is one conversation, padded on the right; rows of like length share a batch. In a causal model no token
           sees another conversation, or padding, and positions start at 0. Several conversations in one row would need
           an attention mask in blocks and positions for each token, and save what is padding: 1 % in the demo's batches.
@@ -357,7 +357,7 @@ def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
         lengths, worst = [len(tokens) for tokens, _ in examples], 0.0
         tokens, mask = examples[0]
         print("".join(f"[{text}]" if m else text for m, text in
-                      zip(mask, (encoding.decode([token]) for token in tokens))) + "    [...] is to be learnt")
+                      zip(mask, (encoding.decode([token]) for token in tokens))) + "    [...] is to be learned")
         places = padding = 0
         for i, batch in enumerate(batches(lengths, min(32, len(lengths)), seed, 0)):
             tokens, _, last = pad([examples[j] for j in batch])

@@ -4,7 +4,7 @@ Idea      One flat dataclass is the only home of defaults. Its fields are the fl
           fields with other values; a field that is None is derived from the others, and the formula is printed.
           A run is described by this and by its text alone, so a checkpoint carries it along.
 Formula   batch_tokens = dp * accumulation * micro_batch * context
-          The left side is what is learnt and is stated; the right side is who does it and is derived. A number of
+          The left side is what is learned and is stated; the right side is who does it and is derived. A number of
           processes that does not divide the batch is refused: it would quietly train something else.
 Shapes    no tensors here
 Omits     configuration files: a shell script with flags is one, and a checkpoint holds the whole of it.

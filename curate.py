@@ -1,4 +1,4 @@
-"""Curation: a crawl in, clean documents out, each once.     C4 (Raffel et al. 2020); Gopher (Rae et al. 2021); GPT-3
+"""Curation: a crawl in, clean documents out, each once.   C4 (Raffel et al. 2020); Gopher (Rae et al. 2021); GPT-3
 (Brown et al. 2020), appendix A; the parts are in data.py (reading), quality.py and deduplication.py.
 
 Idea      Passes over files, each file by one rank. What must be compared over the whole crawl (documents, bands of

@@ -1,4 +1,4 @@
-"""Data: from files to batches of tokens.     Brown et al. 2020 (GPT-3), arXiv 2005.14165, appendix B
+"""Data: from files to batches of tokens.   Brown et al. 2020 (2005.14165), appendix B
 
 Idea      Documents are split by a hash of their own text, so that none is on both sides. Their tokens are
           joined into one line, an end-of-text token after each, and the line is cut into windows of one

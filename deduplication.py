@@ -1,4 +1,4 @@
-"""Deduplication: nothing is learnt from the same text twice, nor from the test.
+"""Deduplication: nothing is learned from the same text twice, nor from the test.
 Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3; Lee et al. 2022, arXiv 2107.06499
 
 Idea      Equal texts have equal hashes: sort the hashes, keep the first of each. Nearly equal documents share

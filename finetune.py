@@ -1,4 +1,4 @@
-"""Fine-tuning: a pre-trained encoder and one new layer learn a task from few labels.     Devlin et al. 2019, section 4
+"""Fine-tuning: a pre-trained encoder and one new layer learn a task from few labels.   Devlin et al. 2019, section 4
 
 Idea      Every task becomes a row of tokens: one text, or two with a [SEP] between. The whole encoder is trained on for
           a few passes, together with a layer that reads a label from [CLS], a label from each token, or an answer's

@@ -1,4 +1,4 @@
-"""FlashAttention: exact attention without the T x S matrix.     Dao et al. 2022, arXiv 2205.14135; Dao 2023
+"""FlashAttention: exact attention without the T x S matrix.   Dao et al. 2022 (2205.14135); Dao 2023
 
 Idea      Attention's time goes into moving its T x S matrix to memory (HBM) and back. A softmax can be
           computed block by block, if what was summed before is rescaled when a larger logit turns up. So

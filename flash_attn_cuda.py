@@ -1,4 +1,4 @@
-"""FlashAttention on tensor cores: a CUDA C++ kernel, compiled at run time.     Dao 2023, arXiv 2307.08691
+"""FlashAttention on tensor cores: a CUDA C++ kernel, compiled at run time.   Dao 2023 (2307.08691)
 
 Idea      A block of threads owns a tile of rows and keeps their sums in registers, while tiles of the other side
           stream through shared memory. Three walks over the T x S matrix, none of which writes it down:

@@ -1,4 +1,4 @@
-"""Masked language modelling: hide some tokens, learn to tell them.     Devlin et al. 2019, arXiv 1810.04805
+"""Masked language modelling: hide some tokens, learn to tell them.   Devlin et al. 2019 (1810.04805)
 
 Idea      Text labels itself: a hidden token is its own target, and two runs of sentences either follow each other or
           do not. From documents come pairs, from pairs rows, from rows what the model sees and what it shall say.

@@ -1,4 +1,4 @@
-"""Mixtures: how often each source of text is seen.     Touvron et al. 2023 (Llama), arXiv 2302.13971, table 1
+"""Mixtures: how often each source of text is seen.   Touvron et al. 2023 (2302.13971), table 1
 
 Idea      Sources differ in size and worth: Wikipedia is read twice, GitHub not once. A mixture is a proportion
           per source; examples are drawn so that every R of them hold exactly R * p_s of source s, in an order

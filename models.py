@@ -12,6 +12,7 @@ Test      pytest tests/test_models.py
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 KINDS = ("gpt", "llama", "moe")
 
@@ -42,6 +44,16 @@ def describe(settings, vocab_size: int) -> dict:
     return sizes
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Nothing is to be drawn where there is no memory; to find that out torch would import its compiler: 1.6 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ == "normal_":  # a tensor's own, or torch.nn.init's
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def build(kind: str, sizes: dict, attention: Callable | None = None, generator: torch.Generator | None = None,
           device: str = "cpu") -> nn.Module:
     """A model of a kind and sizes, its weights drawn from the generator; on "meta" it has shapes and no weights.
@@ -50,7 +62,7 @@ def build(kind: str, sizes: dict, attention: Callable | None = None, generator: 
     """
     options = {} if attention is None else {"attention": attention}
     sizes = dict(sizes)
-    with torch.device(device):
+    with torch.device(device), _NothingDrawn() if device == "meta" else contextlib.nullcontext():
         if kind == "gpt":
             from gpt import GPT, GPTConfig
             return GPT(GPTConfig(**sizes), generator=generator, **options)

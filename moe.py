@@ -1,4 +1,4 @@
-"""Mixture of experts: many feed-forward layers, of which each token visits a few.     Shazeer et al. 2017 (1701.06538)
+"""Mixture of experts: many feed-forward layers, of which each token visits a few.   Shazeer et al. 2017 (1701.06538)
 
 Idea      A router scores E experts for every token and sends it to the best K: parameters grow with E, the cost of a
           token with K. Left alone, routers send everything to a few experts (those that are used learn, and are used

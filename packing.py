@@ -1,4 +1,4 @@
-"""Packing: tokens on the disk, and documents into contexts.     Ding et al. 2024, arXiv 2404.10830, section 3
+"""Packing: tokens on the disk, and documents into contexts.   Ding et al. 2024 (2404.10830), section 3
 
 Idea      A model reads contexts of T tokens; documents have any length. Joined in one line and cut every T
           tokens, nothing is wasted, but documents are torn that would have fitted. One document a context

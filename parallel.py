@@ -176,7 +176,8 @@ class DataParallel:
     Args:
         model: the same on every rank.
         group: the ranks that see different data; None for all.
-        bucket_mb: bucket size in 2^20 bytes; a larger parameter has a bucket of its own.
+        bucket_mb: bucket size in 2^20 bytes, at most a quarter of the model if that is more than one; a larger
+            parameter has a bucket of its own.
         reduction: "mean" over ranks, for losses that are means over equally many samples, or "sum", for
             losses already divided by the samples (tokens) of the whole batch: right for uneven parts.
         grad_dtype: accumulate and reduce in this dtype, e.g. fp32 for bf16 parameters. p.grad cannot hold
@@ -228,6 +229,8 @@ class DataParallel:
 
     def _make_buckets(self, parameters: list[nn.Parameter], limit: float) -> None:
         """Buckets of up to `limit` bytes, one dtype and device each, from the last parameter to the first."""
+        total = sum(p.numel() * (self.grad_dtype or p.dtype).itemsize for p in parameters)
+        limit = min(limit, max(2**20, total / 4))  # what is sent last travels alone: in a small model, too, a part only
         filling = {}  # (dtype, device) -> parameters
         for p in reversed(parameters):
             dtype, device = self.grad_dtype or p.dtype, p.device

@@ -1,4 +1,4 @@
-"""Mixed precision by hand: half the bits, the same training.     Micikevicius et al. 2018, arXiv 1710.03740
+"""Mixed precision by hand: half the bits, the same training.   Micikevicius et al. 2018 (1710.03740)
 
 Idea      Products in 16 bits are faster and smaller. Three things break, and each has its remedy. An update that is
           small beside its weight is rounded away: fp32 master weights take the updates, the model computes on a

@@ -1,5 +1,5 @@
-"""Quality: which pages of a crawl are text worth learning from.     C4 (Raffel et al. 2020), arXiv 1910.10683
-Gopher (Rae et al. 2021), arXiv 2112.11446, appendix A.1; GPT-3 (Brown et al. 2020), 2005.14165, appendix A
+"""Quality: which pages of a crawl are text worth learning from.   C4: Raffel et al. 2020 (1910.10683)
+Gopher: Rae et al. 2021 (2112.11446), appendix A.1; GPT-3: Brown et al. 2020 (2005.14165), appendix A
 
 Idea      Most of a crawl is menus, code and lists. C4 throws away lines and pages by simple rules, Gopher adds
           statistics of words and repetitions, GPT-3 a classifier that tells trusted text from raw text. The

@@ -1,4 +1,4 @@
-"""Recurrent networks: the RNN, the GRU and the LSTM.   Elman 1990; Cho et al. 2014, 1406.1078; Gers et al. 2000
+"""Recurrent networks: the RNN, the GRU and the LSTM.   Elman 1990; Cho et al. 2014 (1406.1078); Gers et al. 2000
 
 Idea      A recurrent network reads a sequence step by step into a state of fixed size: one small network, used again
           and again. What it learns must travel back through all those steps, and fades on the way. Open gates of a

@@ -1,4 +1,4 @@
-"""Translation by recurrent networks and attention.   Bahdanau et al. 2015, 1409.0473; Luong et al. 2015, 1508.04025
+"""Translation by recurrent networks and attention.   Bahdanau et al. 2015 (1409.0473); Luong et al. 2015 (1508.04025)
 
 Idea      To translate, one recurrent network reads the source into its last state; another, begun with that state,
           writes the target word by word. The state is a bottleneck: however long the source, it is all that is

@@ -1,4 +1,4 @@
-"""Span corruption and text-to-text: how T5 is trained.     Raffel et al. 2019, arXiv 1910.10683, sections 3.1.4, 3.3.4
+"""Span corruption and text-to-text: how T5 is trained.   Raffel et al. 2019 (1910.10683), sections 3.1.4, 3.3.4
 
 Idea      Cut spans out of a text, put a marker where each was, and have the model write the spans: what was cut
           out is foretold from BOTH sides, and the targets are short, so a step is cheap. The same model with the

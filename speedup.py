@@ -1,4 +1,4 @@
-"""Speedup: how much faster a job gets on more processors.     Amdahl 1967, Gustafson 1988
+"""Speedup: how much faster a job gets on more processors.   Amdahl 1967, Gustafson 1988
 
 Idea      A share s of the work is serial. On one problem of fixed size it ends up as all of the time (strong scaling).
           A problem that grows with the machine hides it (weak scaling).

@@ -1,4 +1,4 @@
-"""T5: every task as text in, text out, by one encoder-decoder.     Raffel et al. 2019, arXiv 1910.10683
+"""T5: every task as text in, text out, by one encoder-decoder.   Raffel et al. 2019 (1910.10683)
 
 Idea      Translate, classify, answer: whatever the task, its name is put in front of the input as words, the
           answer is text, and model, loss and decoding stay the same. The model is the Transformer with three

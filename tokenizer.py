@@ -1,4 +1,4 @@
-"""Byte-pair encoding: a vocabulary learned from text.     Sennrich et al. 2016 (1508.07909), GPT-2 (2019)
+"""Byte-pair encoding: a vocabulary learned from text.   Sennrich et al. 2016 (1508.07909), GPT-2 (2019)
 
 Idea      Start with the 256 bytes as tokens, so no text is unknown. Again and again make the most frequent
           pair of neighbouring tokens a new token: frequent words end as one token, rare ones as several.

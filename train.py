@@ -6,7 +6,7 @@ Idea      Everything before this file is a part; this is the program. Text is re
           taught to answer (alignment.py: supervised, a reward model, PPO, DPO, GRPO).
 Formula   loss = -(1/n) sum log p(x_t | x_<t) over ALL n tokens of a step, whoever computed them:
           n = batch_tokens = processes * accumulation * micro_batch * context. The number of processes changes
-          who does what, never what is learnt.
+          who does what, never what is learned.
 Shapes    a micro-batch: tokens (micro_batch, context) -> logits (micro_batch, context, V)
 Omits     text larger than memory. With dropout the masks are each data-parallel process's own, and the number of
           processes changes them.

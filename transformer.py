@@ -1,4 +1,4 @@
-"""The Transformer: an encoder-decoder made of attention alone.     Vaswani et al. 2017, arXiv 1706.03762
+"""The Transformer: an encoder-decoder made of attention alone.   Vaswani et al. 2017 (1706.03762)
 
 Idea      A recurrent network reads a sentence word after word. Attention lets every position look at every other
           in one step, so all positions are computed at once, and no path between two words is longer than a layer.

@@ -1,4 +1,4 @@
-"""Unigram: a vocabulary of pieces with probabilities.     Kudo 2018, arXiv 1804.10959; SentencePiece, 1808.06226
+"""Unigram: a vocabulary of pieces with probabilities.   Kudo 2018 (1804.10959); SentencePiece (1808.06226)
 
 Idea      A word is pieces drawn one by one from one distribution (learned by unigram_training.py): its
           probability is a sum over all ways to cut it. A text is cut in its most probable way, found by

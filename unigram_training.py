@@ -1,4 +1,4 @@
-"""Training a Unigram vocabulary: seeds, EM, pruning.     Kudo 2018, arXiv 1804.10959, section 3.2
+"""Training a Unigram vocabulary: seeds, EM, pruning.   Kudo 2018 (1804.10959), section 3.2
 
 Idea      A word is pieces drawn one by one from one distribution, so its probability is a sum over all ways to
           cut it. Begin with every frequent substring. EM finds the probabilities that make the words likeliest:

@@ -1,4 +1,4 @@
-"""Vectors of things: neighbours, analogies, maps, and word2vec's files.        Levy & Goldberg 2014, W14-1618
+"""Vectors of things: neighbours, analogies, maps, and word2vec's files.   Levy & Goldberg 2014, W14-1618
 
 Idea      Where things are vectors, "alike" is a small angle, and "a is to b as c is to x" is the same step
           from a to b as from c to x. What the vectors are worth is a number: how often the nearest of a thing

@@ -1,4 +1,4 @@
-"""word2vec: vectors of words, or of any items, from what stands near what.    Mikolov et al. 2013, 1301.3781
+"""word2vec: vectors of words, or of any items, from what stands near what.   Mikolov et al. 2013 (1301.3781)
 
 Idea      A network with one hidden layer and no non-linearity predicts the words around a word. Its input is
           one-hot, so its first product looks up one column of the weights: the word's vector. Words that can

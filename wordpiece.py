@@ -1,4 +1,4 @@
-"""WordPiece: words cut into the longest pieces that a vocabulary has.     Devlin et al. 2019, arXiv 1810.04805
+"""WordPiece: words cut into the longest pieces that a vocabulary has.   Devlin et al. 2019 (1810.04805)
 
 Idea      BERT's tokenizer. A text is cleaned, lowered, freed of accents and split at blanks and punctuation; each
           word is cut from left to right into the longest known pieces, "##" before a piece that continues a word.
