@@ -3,7 +3,7 @@
 Idea      Reading and tokenising cost minutes, so one process of each machine does it and writes two arrays of token
           ids; all then map the same files into memory. A run that is resumed must learn from the tokens that it began
           with: it takes its tokenizer from the checkpoint and compares a fingerprint of the tokens.
-Formula   fingerprint = SHA-256 of the lengths and of up to a million tokens, evenly spaced
+Formula   fingerprint = SHA-256 of the lengths and of up to two million tokens a side, evenly spaced
           bits per byte = loss / ln 2 / (held-out bytes / held-out tokens)        comparable between tokenizers
 Shapes    tokens (N,) of ids, documents one after another, an end-of-text token behind each;
           a window of them: inputs, targets (context,)
@@ -17,6 +17,7 @@ Test      pytest tests/test_corpus.py
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import tempfile
@@ -32,8 +33,8 @@ import tiktoken
 class Corpus:
     """Packed tokens to train on and to test with, as every process sees them; nothing of it is copied to memory."""
     encoding: tiktoken.Encoding
-    train: "data.TokenWindows"
-    validation: "data.TokenWindows"
+    train: data.TokenWindows
+    validation: data.TokenWindows
     bytes_per_token: float  # of the held-out text, to state its loss in bits per byte
     fingerprint: str
 
@@ -41,28 +42,32 @@ class Corpus:
 def prepare(config, world, resumed: Path | None) -> Corpus:
     """Read, split, tokenise and pack the text, once per machine, into ``out/tokens``; then open it everywhere.
 
-    config, a config.TrainConfig, says which text and tokenizer; world, a processes.World, who takes part.
+    config, a config.TrainConfig, says which text and tokenizer; world, a processes.World, who takes part. One run at
+    a time: what another one is packing there would be deleted as a leftover (run_folder.lock keeps it out).
 
     A resumed run uses the tokenizer of its checkpoint, and the packed tokens if they are still there and whole.
 
     Raises:
-        ProcessError: for text that cannot be used, or that is not what the checkpoint was trained on.
+        ProcessError: on every process, for text, a tokenizer or a checkpoint that cannot be used.
+        ConfigError: for text that is not what the checkpoint was trained on, or not the same on all machines.
     """
     import checkpoint
     from config import ConfigError
     folder = Path(config.out) / "tokens"
+    meta = world.first(lambda: checkpoint.load(resumed, parts=())["meta"]) if resumed else {}
+    trained_on = meta.get("data_fingerprint")
 
-    def is_packed() -> bool:
-        try:
-            return bool(resumed) and _open_corpus(config, folder).fingerprint == trained_on
-        except (ValueError, OSError):
-            return False
+    def pack() -> str | None:
+        with contextlib.suppress(ValueError, OSError, EOFError):  # numpy's words for a file that is damaged
+            if resumed and _open_corpus(config, folder).fingerprint == trained_on:
+                return None
+        return _pack_corpus(config, folder, resumed, world)
 
-    trained_on = resumed and checkpoint.load(resumed, parts=())["meta"]["data_fingerprint"]
-    must_pack = world.local_rank == 0 and not is_packed()
-    world.agree(lambda: _pack_corpus(config, folder, resumed, world), here=must_pack, slow=True)
+    world.agree(lambda: _delete_leftovers(folder), here=world.rank == 0)
+    texts = world.gather(world.agree(pack, here=world.local_rank == 0, slow=True))
     corpus = world.agree(lambda: _open_corpus(config, folder))
-    if len(set(world.gather(corpus.fingerprint))) > 1:
+    # Machines that share the folder have overwritten each other's tokens: there the texts themselves tell.
+    if len(set(world.gather(corpus.fingerprint))) > 1 or len(set(texts) - {None}) > 1:
         raise ConfigError("the machines read different text: give all of them the same --data and Python")
     if resumed and trained_on != corpus.fingerprint:
         raise ConfigError(f"{resumed} was trained on other text than {config.data or 'the default corpus'} is now; "
@@ -84,7 +89,14 @@ def _open_corpus(config, folder: Path) -> Corpus:
                   _fingerprint(train, held_out))
 
 
-def _pack_corpus(config, folder: Path, resumed: Path | None, world) -> None:
+def _delete_leftovers(folder: Path) -> None:
+    """Of a process that was killed while it packed: as large as the tokens."""
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+
+
+def _pack_corpus(config, folder: Path, resumed: Path | None, world) -> str:
+    """Write the four files that ``_open_corpus`` reads; returns a hash of all text."""
     import data
     import tokenizer
     from config import ConfigError
@@ -92,8 +104,10 @@ def _pack_corpus(config, folder: Path, resumed: Path | None, world) -> None:
         named = None if config.tokenizer == "train" and not resumed else \
             tokenizer.load(resumed / "tokenizer.tiktoken" if resumed else config.tokenizer)
     except ValueError as error:
-        raise ConfigError(f"--tokenizer={config.tokenizer}: {error}; or --tokenizer=train") from None
-    world.say(f"reading {config.data or 'the documentation and docstrings of this Python'} ...")
+        raise ConfigError(str(error) if resumed else
+                          f"--tokenizer={config.tokenizer}: {error}; or --tokenizer=train") from None
+    what = "the documentation and docstrings of this Python" if config.data is None else config.data
+    world.say(f"reading {what} ...")
     documents = data.default_documents() if config.data is None else list(data.read_documents(config.data))
     train, held_out = data.split_documents(documents, config.held_out)
     world.say(f"{len(train):,} documents to train on, {len(held_out):,} held out")
@@ -106,10 +120,14 @@ def _pack_corpus(config, folder: Path, resumed: Path | None, world) -> None:
         data.pack(texts, lambda text: tokenizer.encode(encoding, text), eot, encoding.n_vocab, folder / f"{side}.npy")
     tokenizer.save(encoding, folder / "tokenizer.tiktoken")
     (folder / "held_out_bytes").write_text(str(sum(len(text.encode()) for text in held_out)))
+    text = hashlib.sha256()
+    for document in (*train, *held_out):
+        text.update(hashlib.sha256(document.encode()).digest())
+    return text.hexdigest()
 
 
 def _fingerprint(*arrays: np.ndarray) -> str:
-    """Of the packed tokens: their lengths and up to a million of them, evenly spaced."""
+    """Of the packed tokens: their lengths and up to two million of each array, evenly spaced."""
     digest = hashlib.sha256()
     for tokens in arrays:
         digest.update(f"{len(tokens)} ".encode() + tokens[::max(1, len(tokens) >> 20)].tobytes())
@@ -148,7 +166,7 @@ if __name__ == "__main__":
     parser.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"corpus.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

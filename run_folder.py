@@ -8,8 +8,8 @@ Idea      A run writes its checkpoints into --out. Whoever starts a program ther
 Formula   settings of a resumed run = flags given now, over those of its checkpoint, over the defaults; what the
           weights depend on (sizes, batch, text) may not be given anew
 Shapes    no tensors here
-Omits     locks on Windows, and on file systems that several machines share, which may not keep them. What a checkpoint
-          is, and that it is whole: checkpoint.py.
+Omits     locks on Windows, and on file systems that several machines share, which may not keep them: one run at a time
+          is up to the user there. What a checkpoint is, and that it is whole: checkpoint.py.
 Run       python run_folder.py    every case in a scratch folder; ends with "8 of 8 ..."
 Test      pytest tests/test_run_folder.py
 """
@@ -17,9 +17,9 @@ Test      pytest tests/test_run_folder.py
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -41,24 +41,29 @@ def decide(settings, given: set[str]) -> tuple:
     import checkpoint
     from config import FIXED_BY_CHECKPOINT, OF_THE_MACHINE, ConfigError
     out = Path(settings.out)
-    aligned = [stage for stage in alignment.STAGES if any((home(out) / stage).glob("step-*"))]
-    goes_on = settings.stage != "pretrain" and settings.data is None
-    if aligned and goes_on and not (settings.resume or settings.overwrite or any(out.glob("step-*"))):
+    if (out / "manifest.json").exists():
+        raise ConfigError(f"{out} is one checkpoint of a run, not its folder: give --out={out.parent}")
+    aligned = [stage for stage in alignment.STAGES if _checkpoints(home(out) / stage)]
+    # As config.derive will have it, which needs to know more.
+    goes_on = settings.stage == "all" or settings.stage is None and settings.data is None and settings.context >= 96
+    if aligned and goes_on and not (settings.overwrite or _checkpoints(out)):  # before days of work, not after them
         raise ConfigError(f"{home(out) / aligned[0]} already holds a run: --overwrite deletes it, --stage=pretrain "
                           f"ends before it, --out=DIR writes elsewhere")
-    mark, again = out / ".torchrun", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    lock(out)  # from here on nobody else changes what is found
+    found, mark = bool(_checkpoints(out)), out / ".torchrun"
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     restarted = again and mark.exists() and mark.read_text() == _this_torchrun()
-    found = any(out.glob("step-*"))
     if found and not (settings.resume or settings.overwrite or restarted):
         raise ConfigError(f"{out} already holds a run ({checkpoint.latest(out).name}): --resume goes on with it, "
                           f"--overwrite starts again, --out=DIR writes elsewhere")
-    lock(out)
     if not found or settings.overwrite and not restarted:
         if settings.resume:
             print(f"nothing to resume in {out}: starting from the beginning", flush=True)
         return settings, None
     path = checkpoint.latest(out)
     saved = checkpoint.load(path, parts=())["meta"]
+    if "train_config" not in saved:
+        raise ConfigError(f"{path} was not written by train.py: --out=DIR writes elsewhere")
     for name in FIXED_BY_CHECKPOINT:
         if name in given and getattr(settings, name) != saved["train_config"].get(name):
             raise ConfigError(f"{path} was trained with --{name}={saved['train_config'].get(name)}, not "
@@ -76,31 +81,41 @@ def _this_torchrun() -> str:
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
+def _checkpoints(out: Path) -> list[Path]:
+    """Those in a folder, superseded ones too; what else the user keeps there is not ours."""
+    return [path for path in out.glob("step-*") if re.fullmatch(r"step-\d+(\.old)?", path.name)]
+
+
 def begin(out: Path, resumed: Path | None) -> None:
     """Nothing can be refused any more: delete what is to be overwritten, and leave this torchrun's mark."""
     import checkpoint
-    for old in out.glob("step-*") if resumed is None else ():
+    for old in _checkpoints(out) if resumed is None else ():
         checkpoint.remove(old)
     (out / ".torchrun").write_text(_this_torchrun())
 
 
 def lock(out: Path) -> None:
-    """One run per folder, for as long as this process lives; without file locks (Windows) on the user's honour."""
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        from config import ConfigError
+    """One run per folder, for as long as this process lives; where there are no file locks, on the user's honour."""
+    from config import ConfigError
+    try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written to ({error.strerror}): check it and its permissions, or give "
+                          f"another --out") from None
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
             file.seek(0)
             raise ConfigError(f"{out} is being written by process {file.read() or '?'}; wait for it, end it, or give "
                               f"another --out") from None
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
-        _LOCKS[str(out)] = file  # closed, and so unlocked, when the run is over
+    except (ImportError, OSError) as error:  # Windows, or a file system without locks
+        print(f"{out} cannot be locked ({error}): see to it that no second run writes there", flush=True)
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    _LOCKS[str(out)] = file  # closed, and so unlocked, when the run is over
 
 
 def unlock() -> None:

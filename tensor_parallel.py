@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -312,6 +313,11 @@ class _SlicedDropout(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def _forward_under_mode(block: nn.Module, *arguments, **keywords):
+    with block.mode:
+        return type(block).forward(block, *arguments, **keywords)
+
+
 def fitting_ranks(config) -> list[int]:
     """The numbers of ranks that can share a model of these sizes: they divide heads and hidden units, and divide, or
     are multiples of, the key and value heads."""
@@ -415,10 +421,8 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None, se
                 if not hasattr(p, "cut"):  # a norm, or a bias behind a sum: it sees a slice of T on every rank
                     p.register_hook(lambda gradient: _all_reduce(gradient, group))
     if getattr(config, "attention_dropout", 0) or sequence and getattr(config, "dropout", 0):
-        mode = _SlicedDropout(group, sequence)
-        for block in trunk.blocks:
-            block.register_forward_pre_hook(lambda *_: mode.__enter__() and None)
-            block.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True)
+        for block in trunk.blocks:  # not by hooks: what recomputes a block calls its forward alone
+            block.mode, block.forward = _SlicedDropout(group, sequence), MethodType(_forward_under_mode, block)
     return model
 
 

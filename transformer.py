@@ -11,7 +11,7 @@ Formula   Attention(Q, K, V) = softmax(Q K^T / sqrt(Dh) + mask) V               
           encoder layer: self-attention, FFN;   decoder layer: causal self-attention, attention to the encoder, FFN
 Shapes    source (B, S), targets (B, T) -> memory (B, S, D) -> logits (B, T, V); right-padded with id ``pad``
 Omits     beam search (decode.py has one); T5's way with the same parts is in t5.py
-Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: under a minute
+Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: two minutes
           python transformer.py --pairs pairs.tsv    your sentences: a line has a sentence, a tab, its translation
 Test      pytest tests/test_transformer.py
 """

@@ -8,7 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
+import llama
 import models
+import moe
 from config import PRESETS, TrainConfig
 
 TINY = {"context": 16, "n_layers": 2, "n_heads": 4, "d_model": 32}
@@ -83,6 +85,20 @@ def test_auxiliary_loss_is_the_balance_of_experts_and_0_for_others():
 def test_unknown_kinds_are_refused(kind, message):
     with pytest.raises(ValueError, match=message):
         models.build(kind, {})
+
+
+@pytest.mark.parametrize("kind, more", (
+    ("gpt", {"foo": 1}), ("llama", {"experts": {}}), ("moe", {}), ("moe", {"n_kv_heads": 2, "experts": None})))
+def test_sizes_of_another_kind_are_refused(kind, more):
+    with pytest.raises(ValueError, match=f"these are not the sizes of a {kind}: .*(foo|experts|mapping)"):
+        models.build(kind, {"vocab_size": 50, **TINY} | more)
+
+
+def test_experts_read_from_files_of_olmoe_are_written_as_such_again():
+    model = llama.Llama(llama.LlamaConfig(vocab_size=50, d_ff=16, n_kv_heads=2, **TINY),
+                        mlp=lambda c: moe.MoE(c.d_model, c.d_ff, 4, 2, "softmax_after", like="olmoe"))
+    again = models.build("moe", models.sizes_of(model))
+    assert [layer.like for layer in (model.blocks[0].mlp, again.blocks[0].mlp)] == ["olmoe", "olmoe"]
 
 
 @pytest.mark.parametrize("kind", ("gpt", "llama"))

@@ -4,6 +4,8 @@ train.py's own use of it, with real runs, is in test_train.py.
 """
 
 import dataclasses
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -84,7 +86,58 @@ def test_stages_behind_a_run_are_not_overwritten_by_a_new_one(tmp_path):
     with pytest.raises(ConfigError, match="sft already holds a run: --overwrite deletes it, --stage=pretrain"):
         decide(tmp_path / "pretrain")
     assert decide(tmp_path / "pretrain", stage="pretrain")[1] is None
+    run_folder.unlock()
+    for flags in ({"stage": "all", "data": "my.txt"}, {"resume": True}):  # alignment would refuse them after days
+        with pytest.raises(ConfigError, match="sft already holds a run"):
+            decide(tmp_path / "pretrain", **flags)
+    for flags in ({"context": 64}, {"data": "my.txt"}, {"overwrite": True}):  # these end before it, or delete it
+        assert decide(tmp_path / "pretrain", **flags)[1] is None
+        run_folder.unlock()
     assert run_folder.home(tmp_path / "pretrain") == tmp_path and run_folder.home(tmp_path / "x") == tmp_path / "x"
+
+
+def test_what_is_no_checkpoint_is_no_run_and_is_not_deleted(tmp_path):
+    (tmp_path / "step-by-step").mkdir()
+    (tmp_path / "step-1.txt").touch()
+    assert decide(tmp_path)[1] is None
+    run_folder.begin(tmp_path, None)
+    assert (tmp_path / "step-by-step").exists() and (tmp_path / "step-1.txt").exists()
+
+
+def test_one_checkpoint_is_not_a_folder_to_write_to(tmp_path):
+    path = a_run(tmp_path)
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match=f"is one checkpoint of a run, not its folder: give --out={tmp_path}$"):
+            decide(path, **flags)
+
+
+def test_a_checkpoint_that_is_not_train_pys_is_refused(tmp_path):
+    checkpoint.save(tmp_path, 3, {}, {"stage": "sft"})
+    with pytest.raises(ConfigError, match="step-00000003 was not written by train.py: --out=DIR"):
+        decide(tmp_path, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(ConfigError, match=f"^{out} cannot be written to .*another --out$"):
+            decide(out)
+
+
+def test_where_there_are_no_locks_a_run_begins_with_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without -o flock
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert decide(tmp_path / "out")[1] is None
+    assert "cannot be locked ([Errno 38] Function not implemented)" in capsys.readouterr().out
+
+
+def test_what_was_written_while_another_had_the_lock_is_seen(tmp_path, monkeypatch):
+    lock = run_folder.lock
+    monkeypatch.setattr(run_folder, "lock", lambda out: (a_run(out), lock(out)))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        decide(tmp_path)
 
 
 def test_a_lock_ends_with_its_process_even_by_kill(tmp_path):

@@ -419,6 +419,40 @@ def _bert_with_dropout(rank, sequence):
     return train_bert(tp.tensor_parallel(bert("BERTForPretraining", 0.3), None, sequence), None)
 
 
+def _bert_recomputed(rank, sequence):
+    from recompute import recompute
+    cut = tp.tensor_parallel(bert("BERTForPretraining", 0.3, attention_dropout=0.0), None, sequence)
+    recompute(cut.bert, "block")
+    return train_bert(cut, None)
+
+
+def test_a_recomputed_block_drops_what_it_dropped():
+    """Recomputation calls a block's forward, past its hooks."""
+    expected = train_bert(bert("BERTForPretraining", 0.3, attention_dropout=0.0), "alone")
+    for result in spawn_ranks(2, _bert_recomputed, True):
+        assert_equal(result, expected)
+
+
+def test_a_refused_length_leaves_modes_of_the_caller_alone():
+    class Mine(torch.overrides.TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            Mine.seen += 1
+            return function(*args, **(kwargs or {}))
+
+    def part(rank):
+        cut = tp.tensor_parallel(gpt(0.3), None, True)
+        with Mine():
+            with pytest.raises(ValueError, match="2 ranks cannot share 7 entries"):
+                cut(batches()[0][:, :7])
+            before = Mine.seen
+            torch.ones(2).add(1)
+            return Mine.seen - before
+
+    assert min(run_ranks(2, part)) > 0
+
+
 def test_every_rank_holds_its_share_of_bert():
     """Encoder matrices, vocabulary and its bias in slices; an encoder alone is cut, too, and gives the whole x."""
     model = bert("BERT")
