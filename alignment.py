@@ -324,7 +324,7 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
                 checkpoint.remove(old)
             for name in ("metrics.jsonl", "preferences.jsonl"):
                 (config.folder(stage) / name).unlink(missing_ok=True)
-    world.say(f"{len(questions.train):,} conversations to learn from, {len(questions.held_out):,} held out; stages "
+    world.say(f"{len(questions.train):,} conversations to train on, {len(questions.held_out):,} held out; stages "
               f"{', '.join(chosen)} from {init}")
     began = time.perf_counter()
     if begins_with_sft:

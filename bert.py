@@ -413,7 +413,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file}: {error}; damaged or cut short, copy it again") from None
     if not tensors:
-        raise ValueError(f"{directory}: no model*.safetensors is there")
+        raise ValueError(f"{directory}: no model*.safetensors is there; copy it beside config.json")
     # The first published files call LayerNorm's parameters gamma and beta.
     return {name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
             .replace("LayerNorm.beta", "LayerNorm.bias"): w for name, w in tensors.items()}
@@ -428,7 +428,7 @@ def main(steps: int, examples: int, seed: int, out: str | None) -> None:
     from finetune import compare, hold_out, make_tasks
     from masked_lm import pretrain, pretraining_accuracy, pretraining_batches, split_sentences
     from wordpiece import WordPiece, train_wordpiece
-    begun = time.perf_counter()
+    began = time.perf_counter()
     train, test = hold_out(default_documents())
     tokenizer = WordPiece(train_wordpiece(train, 2048))
     if out is not None:  # at once: what cannot be saved is known before the work is done
@@ -452,7 +452,7 @@ def main(steps: int, examples: int, seed: int, out: str | None) -> None:
 
     def report(step: int, loss: float) -> None:
         if step == 1 or step % 200 == 0:
-            print(f"step {step:5}/{steps}   loss {loss:.3f}   {time.perf_counter() - begun:4.0f} s", flush=True)
+            print(f"step {step:5}/{steps}   loss {loss:.3f}   {time.perf_counter() - began:4.0f} s", flush=True)
 
     print(f"expected first loss: ln V + ln 2 = {math.log(2 * len(tokenizer)):.3f}")
     pretrain(model, batches(known, 24), steps, 2e-3, report)
@@ -480,7 +480,7 @@ def main(steps: int, examples: int, seed: int, out: str | None) -> None:
     scores = compare(tasks, build, model.bert, tokenizer, seed)
     won = sum(row[2] > max(row[:2]) for row in scores)
     print("transfer: pre-training is ahead of the baseline and of training from scratch on "
-          f"{won} of {len(scores)} tasks (expected 4); {time.perf_counter() - begun:.0f} s")
+          f"{won} of {len(scores)} tasks (expected 4); {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -366,7 +366,7 @@ def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
                 packed = model(tokens)  # (B, T, V)
                 worst = max((packed[row, :lengths[j]] - model(torch.tensor([examples[j][0]]))[0]).abs().max().item()
                             for row, j in enumerate(batch))
-    print(f"batches of like length: {padding / places:.1%} of the places are padding (expected below 10%)")
+    print(f"batches of like length: {padding / places:.1%} of the places are padding (expected below 10 %)")
     print(f"packed = alone: {worst < 1e-5} (max |difference of logits| = {worst:.1e}, expected below 1e-5)")
 
 

@@ -164,7 +164,8 @@ def _demo(rank: int, P: int, seed: int, rendezvous: str) -> None:
         worst = max(worst, abs(counted / expected - 1) if expected else counted)
         say(f"{strategy:9} {expected / 1e6:16.3f} {counted / 1e6:8.3f}   {what:42} {when}")
     say("all-reduce sums what every rank has (data, tensor); all-gather copies what each has a part of (sequence)")
-    say(f"max |counted / formula - 1| = {worst:.4f}: " + ("OK, below 0.02" if worst < 0.02 else "WRONG, above 0.02"))
+    say(f"max |counted / formula - 1| = {worst:.4f}: "
+        + ("OK, below 0.02" if worst < 0.02 else "WRONG, expected below 0.02"))
     dist.destroy_process_group()
 
 

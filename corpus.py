@@ -10,7 +10,7 @@ Shapes    tokens (N,) of ids, documents one after another, an end-of-text token 
 Omits     text larger than memory; cleaning and mixing: curate.py, mixture.py. The parts: data.py, tokenizer.py.
 Run       python corpus.py                                   the default text, packed and opened again
           python corpus.py --data 'my/*.txt' --vocab_size 8192    what train.py would make of yours
-          ends with "decoded tokens = held-out text: True ..."
+          Ends with "decoded tokens = held-out text: True ..."
 Test      pytest tests/test_corpus.py
 """
 
@@ -141,11 +141,11 @@ def main(data: str | None, vocab_size: int) -> None:
     from config import TrainConfig
     from data import default_documents, read_documents, split_documents
     from processes import World
-    begun = time.perf_counter()
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(data=data, vocab_size=vocab_size, out=folder)
         corpus = prepare(config, World(), None)
-        print(f"packed in {time.perf_counter() - begun:.1f} s; {len(corpus.train)} windows of {config.context} tokens")
+        print(f"packed in {time.perf_counter() - began:.1f} s; {len(corpus.train)} windows of {config.context} tokens")
         again = _open_corpus(config, Path(folder) / "tokens")
         inputs, targets = again.train.batch(0, 1)
         print(f"the first window, in the order of seed {config.seed}: "
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="files, as of train.py (default: the documentation of this Python)")
+    parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))

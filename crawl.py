@@ -96,7 +96,7 @@ def main(out: str, files: int, pages: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--out", metavar="FOLDER", default="crawl", help="for the files (default %(default)s/)")
     parser.add_argument("--files", type=int, default=4, help="how many (default %(default)s)")
     parser.add_argument("--pages", type=int, default=100, help="in each (default %(default)s)")

@@ -495,7 +495,7 @@ def start(arguments: list[str]) -> None:
     name = os.path.basename(sys.argv[0])
     parser = argparse.ArgumentParser(name, description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{name}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{name}: {message}\n")  # one line, without the usage
     parser.add_argument("crawl", nargs="?", help="files, such as 'crawl/*.warc.wet.gz' (default: made up)")
     parser.add_argument("--out", metavar="FOLDER", help="for the shards and .report.json; new, empty, or to go on in")
     parser.add_argument("--bad_words", metavar="FILE", help="one word or phrase a line; pages with one are removed")

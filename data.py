@@ -442,7 +442,7 @@ class TokenWindows:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers of shape (N,), got {tokens.dtype} {tokens.shape}")
         if context < 1 or not 0 <= seed < 2**32:
-            raise ValueError(f"context must be >= 1 and seed in [0, 2^32), got {context} and {seed}")
+            raise ValueError(f"context must be >= 1 and seed in 0 .. 2^32 - 1, got {context} and {seed}")
         if len(tokens) < context + 1:
             raise DataError(f"{len(tokens)} tokens cannot fill one window of context {context} + 1: give "
                             f"more text, or a context of at most {len(tokens) - 1}")
@@ -500,7 +500,7 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("crawl", nargs="?", help="files to clean, as by python curate.py, with its flags")
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--context", type=int, default=128, help="T, tokens per input (default %(default)s)")

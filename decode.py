@@ -10,7 +10,7 @@ Formula   log p(x_1 ... x_T) = sum_{t >= 2} log p(x_t | x_<t)
                        max(0, p - q) / sum max(0, p - q):  the result is distributed as p, whatever q is
 Shapes    tokens (B, T) -> logits (B, V) of the last position -> next tokens (B,)
 Omits     tree-shaped drafts, typical and contrastive sampling, constrained grammars, continuous batching.
-Run       python decode.py               two tiny models are trained, then decoded: 12 seconds of one core
+Run       python decode.py               two tiny models are trained, then decoded: 12 s on one core
           python decode.py --checkpoint out/pretrain --prompt "The function"    or --prompt -, or --chat
 Test      pytest tests/test_decode.py
 """
@@ -558,13 +558,13 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--checkpoint", help="directory of a run, of one checkpoint, or of a Hugging Face model")
-    parser.add_argument("--prompt", help="text to continue; - reads it from stdin; default: start at end-of-text")
+    parser.add_argument("--prompt", help="text to continue; - reads it from stdin (default: start at end-of-text)")
     parser.add_argument("--chat", action="store_true", help="converse line by line; ends on /exit, Ctrl-D or Ctrl-C")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="per completion or answer (default 64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)")
     parser.add_argument("--top_p", type=float, default=0.95, help="in (0, 1]; 1 keeps every token (default 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and the demo's training (default 0)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:
         main(**vars(parser.parse_args()))

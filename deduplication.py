@@ -1,5 +1,5 @@
 """Deduplication: nothing is learned from the same text twice, nor from the test.
-Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3; Lee et al. 2022, arXiv 2107.06499
+Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3; Lee et al. 2022 (2107.06499)
 
 Idea      Equal texts have equal hashes: sort the hashes, keep the first of each. Nearly equal documents share
           most of their 5-grams. The smallest of the hashed 5-grams is the same in two documents exactly as often
@@ -215,7 +215,7 @@ class MinHash:
 
     def __init__(self, k: int = 128, n: int = 5, seed: int = 0):
         if k < 1 or n < 1 or not 0 <= seed < 2**32:
-            raise ValueError(f"k and n must be at least 1 and seed in [0, 2^32), got {k}, {n} and {seed}")
+            raise ValueError(f"k and n must be at least 1 and seed in 0 .. 2^32 - 1, got {k}, {n} and {seed}")
         random = np.random.RandomState(seed)  # NumPy's one frozen stream
         self.k, self.n = k, n
         # For odd a, x -> ax is a permutation of the 2^32 numbers; x is a hash already, so a needs no b beside it.
@@ -446,7 +446,7 @@ def main(documents: int, permutations: int, threshold: float, seed: int) -> None
     say(f"{len(texts):,} documents on {P} ranks, {len(expected):,} planted near-duplicates, found {len(found):,}")
     recall, precision = (len(found & expected) / max(1, len(part)) for part in (expected, found))
     say(f"recall {recall:.3f}, precision {precision:.3f}: "
-        + ("OK, both at least 0.95" if min(recall, precision) >= 0.95 else "WRONG, below 0.95"))
+        + ("OK, both at least 0.95" if min(recall, precision) >= 0.95 else "WRONG, expected at least 0.95"))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -454,7 +454,7 @@ def main(documents: int, permutations: int, threshold: float, seed: int) -> None
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--documents", type=int, default=1500, help="planted (default %(default)s)")
     parser.add_argument("--permutations", type=int, default=128, help="k (default %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.8, help="similarity of duplicates (default %(default)s)")

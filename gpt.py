@@ -391,7 +391,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file}: {error}; damaged or cut short, copy it again") from None
     if not tensors:
-        raise ValueError(f"{directory}: no model*.safetensors is there")
+        raise ValueError(f"{directory}: no model*.safetensors is there; copy it beside config.json")
     return {name.removeprefix("transformer."): w for name, w in tensors.items()}
 
 

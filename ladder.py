@@ -141,7 +141,7 @@ def show_measure(tokens: float = TOKENS, plot: str | None = None, seed: int = 0)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--tokens", type=float, default=TOKENS, help="of each run (default %(default)g)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and order of the data (default 0)")

@@ -444,7 +444,7 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=8, help="to lay out (default 8)")
     options = parser.parse_args()
     if not 1 <= options.processes <= 4096:
-        parser.exit(2, f"layout.py: --processes must be 1 .. 4096, got {options.processes}\n")
+        parser.exit(2, f"layout.py: --processes must be in 1 .. 4096, got {options.processes}\n")
     try:
         main(**vars(options))
     except KeyboardInterrupt:

@@ -131,7 +131,7 @@ class Mixture:
         if not (least > 0 and abs(total - 1) <= 1e-6):  # NaN is refused, too
             raise ValueError(f"shares must be positive and add up to 1, the least is {least:.3g}, the sum {total:.6g}")
         if block < 1 or not 0 <= seed < 2**32:
-            raise ValueError(f"block must be >= 1 and seed in [0, 2^32), got {block} and {seed}")
+            raise ValueError(f"block must be >= 1 and seed in 0 .. 2^32 - 1, got {block} and {seed}")
         self.sources, self.seed, self.block = dict(sources), seed, block
         self.names = list(self.sources)
         self.quotas = quotas([shares[name] for name in self.names], block)  # (sources,)

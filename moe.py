@@ -212,9 +212,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor | float:
     """The weighted balancing and z-losses of the model's last forward, summed over its layers; 0.0 if it has none.
 
     Every MoE in training mode leaves its own; reading takes it away. It is a MEAN over the tokens of that forward, so
-    a step of several micro-batches, on one process or many, adds auxiliary_loss(model) * tokens_of_this_forward /
+    a step of several microbatches, on one process or many, adds auxiliary_loss(model) * tokens_of_this_forward /
     tokens_of_the_step to each. With ``per_sequence`` balancing the sum is the same however the step is cut; without,
-    each micro-batch is balanced by itself, and the cut matters a little.
+    each microbatch is balanced by itself, and the cut matters a little.
     """
     total = 0.0
     for layer in _layers(model):

@@ -425,7 +425,7 @@ class DocumentAttention:
 def main(data: str | None, context: int, held_out: float, seed: int, out: str | None) -> None:
     from data import default_documents, read_documents
     if context < 1 or not 0 <= seed < 2**32:  # asked before anything is written
-        raise ValueError(f"--context must be at least 1 and --seed in [0, 2^32), got {context} and {seed}")
+        raise ValueError(f"--context must be at least 1 and --seed in 0 .. 2^32 - 1, got {context} and {seed}")
     documents: Iterator[str] = iter(default_documents()) if data is None else read_documents(data)
     eot = 256  # the bytes are tokens 0 to 255, so that the demo needs no tokenizer
     with tempfile.TemporaryDirectory() as scratch:

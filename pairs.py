@@ -462,7 +462,7 @@ def main(pairs: str | None, language: str | None, count: int, seed: int) -> None
     if count < 1 or seed < 0:
         raise ValueError(f"--count must be at least 1 and --seed at least 0, got {count} and {seed}")
     if pairs and language:
-        raise ValueError("--language chooses the generated pairs and --pairs brings others; give one of them")
+        raise ValueError("--language chooses the generated corpus and --pairs brings another; give one of them")
     corpus = read_pairs(pairs) if pairs else generate_pairs(count, language or "french", seed=seed)
     if not pairs:  # the first pair shows all that is not one to one
         number = {"french": french_number, "german": german_number}[language or "french"]

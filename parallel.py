@@ -11,7 +11,7 @@ Omits     trees (log P rounds, better for short messages), sparse gradients, buf
 Run       python parallel.py                          2 processes on the CPU, about 10 s
           torchrun --nproc_per_node 2 parallel.py     the same on ranks that torchrun starts
           python parallel.py --communication          what data, tensor, pipeline ... parallelism send
-          ends with "max |DP - one process| = ..."
+          Ends with "max |DP - one process| = ..."
 Test      pytest tests/test_parallel.py
 """
 
@@ -136,7 +136,7 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
 #
 # Many small all-reduces pay the latency many times, and leave the network idle during backward. So gradients
 # are copied into flat buckets, filled from the last layer to the first as backward delivers them, and a full
-# bucket travels while backward computes the next (Li et al. 2020, arXiv 2006.15704, section 3.2):
+# bucket travels while backward computes the next (Li et al. 2020, 2006.15704, section 3.2):
 #
 #   backward      layer 4 | layer 3 | layer 2 | layer 1 |
 #   all-reduce                      [ 4 and 3           ] [ 2 and 1          ] finish() returns

@@ -271,7 +271,7 @@ def read_pieces(folder: str | os.PathLike, wanted: dict[str, Pieces]) -> None:
 
 def main(writers: int, readers: int, size: int) -> None:
     if min(writers, readers, size) < 1 or max(writers, readers) > size:
-        raise ValueError(f"--writers and --readers must be 1 .. --size, got {writers}, {readers} and {size}")
+        raise ValueError(f"--writers and --readers must be in 1 .. --size, got {writers}, {readers} and {size}")
     whole = torch.arange(size * size, dtype=torch.float32).view(size, size)
     ends = [size * size * i // writers for i in range(writers + 1)]
     boxes = [box for start, stop in zip(ends, ends[1:])

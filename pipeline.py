@@ -10,7 +10,7 @@ Omits     dropout as on one process (every stage draws masks of its own), recomp
 Run       python pipeline.py                                                a GPT on 2 ranks beside one process, 10 s
           python pipeline.py --schedule zb --stages 4 --microbatches 8      its timeline, planned and measured
           python pipeline.py --simulate --ranks 4096                        a 175B model: the best layouts
-          ends with "max |pipeline - one process| = ...", or the best layout
+          Ends with "max |pipeline - one process| = ...", or the best layout
 Test      pytest tests/test_pipeline.py
 """
 

@@ -445,7 +445,7 @@ def main(plan: str | None, validate: bool, **flags: str | float | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--plan", metavar="MODEL", help="rank the layouts of a model, such as llama3_405b")
     parser.add_argument("--gpus", type=int, help="chips of the cluster (default 1024)")
     parser.add_argument("--gpu", help="a chip of scaling.ACCELERATORS (default h100)")

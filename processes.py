@@ -219,7 +219,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--device", help="cpu, cuda or mps; default: the best that is here")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best that is here)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:

@@ -474,8 +474,8 @@ def main(data: str | None, trusted: str | None, bad_words: str | None, examples:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
-    parser.add_argument("--data", help="pages: files as for data.py (default: Python's own documentation)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--trusted", help="text of the quality that is wanted (default: its help topics)")
     parser.add_argument("--bad_words", metavar="FILE", help="one word or phrase a line (default: none)")
     parser.add_argument("--examples", type=int, default=1, help="of each rule to show (default %(default)s)")

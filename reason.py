@@ -10,7 +10,7 @@ Formula   SFT      -mean log p(y_t | x, y_<t) over response tokens
 Shapes    prompts and responses: lists of ids, ragged -> tokens, mask (B, T), 1.0 at response tokens; rewards (N, G)
 
             phase            learns from                                            R1 used
-  base      pretraining      problems, mostly answered without steps, some with     DeepSeek-V3
+  base      pre-training     problems, mostly answered without steps, some with     DeepSeek-V3
   zero      RL alone         right answers, form                                    the same rewards, by rules
   1         cold start       a few worked examples                                  thousands of long ones
   2         reasoning RL     as zero, from 1                                        + a language reward

@@ -77,7 +77,7 @@ def recompute(model: nn.Module, what: str) -> nn.Module:
     Raises ValueError for a ``what`` that is not in WAYS, and for blocks with experts, which count who visits them.
     """
     if what not in WAYS:
-        raise ValueError(f"what is one of {', '.join(WAYS)}, got {what!r}")
+        raise ValueError(f"what must be one of {', '.join(WAYS)}, got {what!r}")
     if what == "block" and any(hasattr(getattr(block, "mlp", None), "n_experts") for block in model.blocks):
         raise ValueError("experts would count their visits twice: recompute attention, not block")
     for block in model.blocks if what != "none" else ():
@@ -103,7 +103,7 @@ def values_kept(config, what: str, gated: bool) -> float:
     config: n_heads, n_kv_heads, d_model, d_ff. gated: Llama's layer (RMSNorm, SwiGLU), else GPT's (LayerNorm, GELU).
     """
     if what not in WAYS:
-        raise ValueError(f"what is one of {', '.join(WAYS)}, got {what!r}")
+        raise ValueError(f"what must be one of {', '.join(WAYS)}, got {what!r}")
     D = config.d_model
     keys = config.n_kv_heads * D // config.n_heads
     if what == "block":

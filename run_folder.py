@@ -126,7 +126,7 @@ def unlock() -> None:
 
 
 def home(out: Path) -> Path:
-    """The directory in which the stages after pretraining have one each: beside out/pretrain, else inside."""
+    """The directory in which the stages after pre-training have one each: beside out/pretrain, else inside."""
     return out.parent if out.name == "pretrain" else out
 
 

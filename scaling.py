@@ -502,7 +502,7 @@ def main(**flags: str | float | bool | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--gpu", help=f"one of {', '.join(ACCELERATORS)} (default h100)")
     parser.add_argument("--gpus", type=int, help="how many (default 8; 1024 to --plan)")
     parser.add_argument("--tokens", type=float, help="to train on (default 1e12 to --plan, 1e6 to --measure)")

@@ -181,7 +181,7 @@ def read_runs(path: str | Path) -> np.ndarray:
                 if not good:
                     raise ValueError(f"{path}, line {reader.line_num}: N, D and loss must be positive numbers")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: no CSV in UTF-8 ({error})") from None
     try:
@@ -435,7 +435,7 @@ def main(fit: str | None, plot: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--fit", metavar="FILE.csv",
                         help="fit laws to columns N, D, loss ('chinchilla': to points of its law)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the parabolas (needs matplotlib)")

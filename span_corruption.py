@@ -9,7 +9,7 @@ Formula   text      Thank you for inviting me to your party last week .
           loss = mean of -log p(target_t | targets before t, inputs);   15 % of the text in spans of 3 on average
 Shapes    tokens (N,) -> inputs (S,), targets (T,): with n spans, S + T = N + 2 n + 3
 Omits     packing several examples into one row; the paper's other objectives (prefix, masked, deshuffling)
-Run       python span_corruption.py     one small T5 learns to fill gaps and two tasks at once: 50 seconds
+Run       python span_corruption.py     one small T5 learns to fill gaps and two tasks at once: 50 s
 Test      pytest tests/test_span_corruption.py
 """
 
@@ -138,7 +138,7 @@ def main(steps: int, words: int, seed: int) -> None:
     vocabulary = Words(sorted(frequent | {*NUMBERS, *TASKS, "yes", "no", "the", ":"}))
     train, held_out, V = vocabulary.encode(train), vocabulary.encode(held_out), len(vocabulary.words)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    print(f"{len(train):,} words to learn from, {len(held_out):,} held out, a vocabulary of {V}")
+    print(f"{len(train):,} words to train on, {len(held_out):,} held out, a vocabulary of {V}")
 
     def window(text: Tensor, length: int) -> Tensor:
         start = draw.randrange(len(text) - length)

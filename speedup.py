@@ -121,7 +121,7 @@ def main(repeats: int, plot: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--repeats", type=int, default=5,
                         help="of each measurement; the fastest counts (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the two laws (needs matplotlib)")

@@ -484,7 +484,7 @@ def main(steps: int, seed: int) -> None:
             print(f"interrupted after step {steps - 1}")
         resumed = train(Path(folder) / "b", None)
     same = all(bool((p == q).all()) for p, q in zip(unbroken.parameters(), resumed.parameters()))
-    print(f"interrupted = unbroken: {same} (every weight, bit for bit; with dropout)")
+    print(f"interrupted = unbroken: {same} (expected True: every weight, bit for bit, with dropout)")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Formula   softmax(Q K^T + b[bucket(s - t)] + mask) V        one b (buckets, H) p
 Shapes    source (B, S), inputs (B, T) -> memory (B, S, D) -> logits (B, T, V); right-padded with id ``pad``
 Omits     pre-training's objective, which is in span_corruption.py; SentencePiece (any encoder of text will do: see
           tokenizer.py); Adafactor; dropout inside the attention and the feed-forward.
-Run       python t5.py     published sizes; then a tiny T5 learns the four tasks of figure 1 by heart: 20 seconds
+Run       python t5.py     published sizes; then a tiny T5 learns the four tasks of figure 1 by heart: 20 s
 Test      pytest tests/test_t5.py
 """
 
@@ -435,7 +435,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file}: {error}; damaged or cut short, copy it again") from None
     if not tensors:
-        raise ValueError(f"{directory}: no model*.safetensors is there")
+        raise ValueError(f"{directory}: no model*.safetensors is there; copy it beside config.json")
     return tensors
 
 

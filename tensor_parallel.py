@@ -13,7 +13,7 @@ Omits     overlap of the forward sums with computation; weights that are drawn i
           that its weights are those of one process, then cut); caches under sequence parallelism; encoder-decoders.
 Run       python tensor_parallel.py                                    2 ranks on the CPU, about 10 s
           torchrun --nproc_per_node 2 tensor_parallel.py --sequence    with the norms' work divided too
-          ends with "max |TP - one process| = ..."
+          Ends with "max |TP - one process| = ..."
 Test      pytest tests/test_tensor_parallel.py
 """
 

@@ -479,7 +479,7 @@ def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="UTF-8 text file to learn from (default: the topics of Python's help)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn, <|endoftext|> included "
                         "(default 4096)")

@@ -7,7 +7,7 @@ Idea      Everything before this file is a part; this is the program. Text is re
 Formula   loss = -(1/n) sum log p(x_t | x_<t) over ALL n tokens of a step, whoever computed them:
           n = batch_tokens = processes * accumulation * micro_batch * context. The number of processes changes
           who does what, never what is learned.
-Shapes    a micro-batch: tokens (micro_batch, context) -> logits (micro_batch, context, V)
+Shapes    a microbatch: tokens (micro_batch, context) -> logits (micro_batch, context, V)
 Omits     text larger than memory. With dropout the masks are each data-parallel process's own, and the number of
           processes changes them.
 Run       python train.py                                           one process
@@ -129,7 +129,7 @@ class Trainer:
         """Forward and backward over this process's share of the step; then every process has its gradient.
 
         Returns:
-            first example of each micro-batch -> its part of the mean loss over all ``batch_tokens`` of the step.
+            first example of each microbatch -> its part of the mean loss over all ``batch_tokens`` of the step.
         """
         c, parallel = self.config, self.parallel
         count = self.accumulation * c.micro_batch
@@ -171,7 +171,7 @@ class Trainer:
                 "seconds": time.perf_counter() - began}
 
     def _where(self, losses: dict[int, torch.Tensor]) -> str:
-        """Name the first rank and micro-batch whose loss is not finite."""
+        """Name the first rank and microbatch whose loss is not finite."""
         mine = next((start for start, loss in losses.items() if not loss.isfinite()), None)
         for rank, start in enumerate(self.world.gather(mine)):
             if start is not None:

@@ -12,7 +12,7 @@ Formula   Attention(Q, K, V) = softmax(Q K^T / sqrt(Dh) + mask) V               
 Shapes    source (B, S), targets (B, T) -> memory (B, S, D) -> logits (B, T, V); right-padded with id ``pad``
 Omits     beam search (decode.py has one); T5's way with the same parts is in t5.py
 Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: two minutes
-          python transformer.py --pairs pairs.tsv    your sentences: a line has a sentence, a tab, its translation
+          python transformer.py --pairs pairs.tsv    sentence pairs of your own, Tatoeba's say
 Test      pytest tests/test_transformer.py
 """
 
@@ -457,7 +457,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--pairs", help="file of sentence pairs with tabs between; default: generated numbers, dates")
+    parser.add_argument("--pairs", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
     parser.add_argument("--post_norm", action="store_true", help="the paper's, needs more steps (default: pre-norm)")
     parser.add_argument("--steps", type=int, default=600, help="of training, batches of 32 (default 600)")

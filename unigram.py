@@ -305,10 +305,10 @@ def main(data: str | None, vocab_size: int, alpha: float, text: str, seed: int, 
         raise ValueError(f"--out {out}: the folder is not there: make it or name another")
     documents = default_documents() if data is None else list(read_documents(data))
     training, held_out = split_documents(documents)
-    begun = time.perf_counter()
+    began = time.perf_counter()
     unigram = Unigram(train_unigram(training, vocab_size - 258))
     print(f"{unigram.n_vocab} tokens, {len(unigram.scores)} of them pieces, learned from "
-          f"{sum(map(len, training)):,} characters in {time.perf_counter() - begun:.1f} s")
+          f"{sum(map(len, training)):,} characters in {time.perf_counter() - began:.1f} s")
 
     bpe = tokenizer.train(training, vocab_size, WORDS)
     n_bytes = sum(len(document.encode()) for document in held_out)

@@ -295,9 +295,9 @@ def main(data: str | None, vocab_size: int, coverage: float, em_steps: int) -> N
     from data import default_documents, read_documents
     documents = default_documents() if data is None else list(read_documents(data))
     history: list[tuple[int, float]] = []
-    begun = time.perf_counter()
+    began = time.perf_counter()
     pieces = train_unigram(documents, vocab_size, coverage=coverage, em_steps=em_steps, history=history)
-    seconds, n_characters = time.perf_counter() - begun, sum(map(len, documents))
+    seconds, n_characters = time.perf_counter() - began, sum(map(len, documents))
     print(f"{len(pieces):,} pieces learned from {n_characters:,} characters in {seconds:.1f} s; -L in nats each:")
     for size in dict.fromkeys(size for size, _ in history):
         print(f"  {size:8,} pieces   " + " -> ".join(f"{-x / n_characters:.4f}" for n, x in history if n == size))

@@ -255,7 +255,7 @@ def main(vectors: str | None, item: str | None, analogy: list[str] | None, out: 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--vectors", metavar="FILE", help="read these, text or FILE.bin (default: letters)")
     parser.add_argument("--item", help="show the neighbours of this item (default: of ten items)")
     parser.add_argument("--analogy", nargs=3, metavar=("A", "B", "C"), help="A is to B as C is to what?")

@@ -211,7 +211,7 @@ def safetensors_parts(directory: Path) -> dict[str, list[Part]]:
                 raise ValueError(f"{index}: no weight_map is there; damaged, copy it again")
             files = [directory / str(name) for name in sorted(set(listed.values()))]
     if not files:
-        raise ValueError(f"{directory}: no model*.safetensors is there")
+        raise ValueError(f"{directory}: no model*.safetensors is there; copy it beside config.json")
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as opened:

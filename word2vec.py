@@ -1,6 +1,6 @@
 """word2vec: vectors of words, or of any items, from what stands near what.   Mikolov et al. 2013 (1301.3781)
 
-Idea      A network with one hidden layer and no non-linearity predicts the words around a word. Its input is
+Idea      A network with one hidden layer and no nonlinearity predicts the words around a word. Its input is
           one-hot, so its first product looks up one column of the weights: the word's vector. Words that can
           replace each other get similar vectors, and so do products in baskets or functions in programs.
 Formula   hidden    h = W^T onehot(c) = W_in[c]               skip-gram: the centre c predicts each context o
@@ -15,7 +15,7 @@ Omits     phrases, subwords; asynchronous updates: M tiles are one step, so one 
           what vectors are good for, and their files: vectors.py
 Run       python word2vec.py                     functions of the standard library, from calls in its sources
           python word2vec.py --data words        words of Python's documentation; --data 'my/*.txt': of yours
-          python word2vec.py --plot calls.png    ten seconds each; ends with "held-out loss ... lower: True"
+          python word2vec.py --plot calls.png    10 s each; ends with "held-out loss ... lower: True"
 Test      pytest tests/test_word2vec.py
 """
 
@@ -46,7 +46,7 @@ class Word2VecConfig:
     architecture: str = "skipgram"  # or "cbow"
     objective: str = "negative"  # or "hierarchical", "softmax"
     d_model: int = 100
-    window: int = 5  # largest distance of a context, in items that sub-sampling left
+    window: int = 5  # largest distance of a context, in items that subsampling left
     negatives: int = 5  # k per pair
     min_count: int = 5  # rarer items are left out
     subsample: float = 1e-3  # t; 0 keeps every item
@@ -466,7 +466,7 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
         depth = (untrained.path >= 0).sum(1)[vocabulary.encode(held_out)[0]].double().mean().item()
         expected = f"ln 2 x the mean length of a path, about {math.log(2) * depth:.1f}"
     before = untrained.loss(held_out)
-    print(f"held-out loss before training {before:.4f} nats a prediction, expected {expected}")
+    print(f"held-out loss before training {before:.4f} nats a prediction (expected {expected})")
     start = time.perf_counter()
     model = train(training, config)
     seconds, after = time.perf_counter() - start, model.loss(held_out)
@@ -498,7 +498,7 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", default="calls", help="calls: in the standard library (default);\n"
                         "words: of Python's documentation; or files, such as 'my/*.txt' or a.jsonl")
     parser.add_argument("--architecture", default="skipgram", choices=("skipgram", "cbow"),

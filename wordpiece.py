@@ -305,9 +305,9 @@ def main(data: str | None, vocab_size: int, cased: bool, out: str | None) -> Non
     from data import default_documents, read_documents, split_documents
     documents = default_documents() if data is None else list(read_documents(data))
     train, held_out = split_documents(documents)
-    begun = time.perf_counter()
+    began = time.perf_counter()
     tokenizer = WordPiece(train_wordpiece(train, vocab_size, not cased), not cased)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - began
     print(f"{len(tokenizer)} tokens learned from {sum(map(len, train)):,} characters in {seconds:.1f} s")
     print(f"the last ten: {' '.join(tokenizer.tokens[-10:])}")
     if out is not None:

@@ -17,7 +17,7 @@ Omits     optimizers that look at a whole matrix (Adafactor, Muon, LAMB: a rank 
 Run       python zero.py                                2 processes: every stage's bytes and equality, half a minute
           python zero.py --offload --plot zero.png      optimizer in the host's memory (ZeRO-Offload); bars
           torchrun --nproc_per_node 2 zero.py           the same on ranks that torchrun starts
-          ends with "max |bytes measured / formula - 1| = ..."
+          Ends with "max |bytes measured / formula - 1| = ..."
 Test      pytest tests/test_zero.py
 """
 
@@ -71,7 +71,7 @@ class ZeRO:
         units: modules that stage 3 gathers one at a time, in the order of forward: ``model.blocks`` by default. What
             they do not have alone is one more unit, used before the first and after the last.
         reduction: "mean" over ranks or "sum" (losses already divided by the samples of the whole batch).
-        dtype: of the parameters in use, such as bfloat16; None leaves it. Optimized are copies in ``state_dtype``, at
+        dtype: of the parameters in use, such as bfloat16; None leaves it. Optimised are copies in ``state_dtype``, at
             least, with the model's own values.
         grad_dtype: accumulates and sends gradients in this dtype; None: in the parameters'.
         offload: masters, states and reduced gradients in the host's memory, the optimizer runs there. Where the

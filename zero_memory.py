@@ -90,7 +90,7 @@ class PeakBytes(TorchDispatchMode):
 # --- 2. demo ----------------------------------------------------------------------------------------
 
 def _train(model: nn.Module, zero, steps: int, text: Tensor, part: slice, look=lambda zero: None) -> list[float]:
-    """AdamW with clipping on this rank's rows of every batch, in two micro-batches; without ZeRO on one process."""
+    """AdamW with clipping on this rank's rows of every batch, in two microbatches; without ZeRO on one process."""
     plain = zero or torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses, draw = [], torch.Generator().manual_seed(0)
     for step in range(steps):
@@ -190,11 +190,11 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     peak, limit = found[3]["peak"], found[3]["limit"]
     say(f"stage 3, most in a step: {peak / n:.3f} bytes a parameter; with two units' parameters and gradients, "
         f"and what is on its way, {limit / n:.3f}: "
-        + ("OK, at most 1.02 of it" if peak <= 1.02 * limit else "WRONG, more"))
+        + ("OK, at most 1.02 of it" if peak <= 1.02 * limit else "WRONG, expected at most 1.02 of it"))
     if options.plot and rank == 0:
         _plot(found, P, options.plot)
     say(f"max |bytes measured / formula - 1| = {worst:.4f}: "
-        + ("OK, below 0.02" if worst < 0.02 else "WRONG, above 0.02"))
+        + ("OK, below 0.02" if worst < 0.02 else "WRONG, expected below 0.02"))
     dist.destroy_process_group()
 
 
@@ -251,7 +251,7 @@ def main(program: str = "zero_memory.py") -> None:
             parser.exit(2, f"{program}: --plot needs matplotlib: pip install matplotlib\n")
         path = Path(options.plot).absolute()
         if not path.parent.is_dir() or path.suffix not in (".png", ".pdf", ".svg"):
-            parser.exit(2, f"{program}: cannot write {options.plot}; give a .png in a folder that exists\n")
+            parser.exit(2, f"{program}: --plot {options.plot}: name a picture in a folder that is there\n")
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
