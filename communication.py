@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -169,15 +168,6 @@ def _demo(rank: int, P: int, seed: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
-def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
-    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
-    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
-    signal.signal(signal.SIGINT, handler)
-    while not ranks.join():
-        pass
-
-
 def table(ranks: int = 2, seed: int = 0) -> None:
     """Print the table, from a step of each strategy on so many processes.
 
@@ -186,8 +176,9 @@ def table(ranks: int = 2, seed: int = 0) -> None:
     if ranks not in (1, 2, 4) or not 0 <= seed < 2**62:
         raise ValueError(f"4 heads can be shared by 1, 2 or 4 ranks, got {ranks}; and --seed is in 0 .. 2^62 - 1, "
                          f"got {seed}")
+    from processes import start_ranks
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        _start_ranks(_demo, (ranks, seed, (Path(folder) / "ranks").as_uri()), ranks)
+        start_ranks(_demo, (ranks, seed, (Path(folder) / "ranks").as_uri()), ranks)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,8 @@ Measured  500 held-out chains each of 6 and of 2 operations, 16 samples of each,
           12.5 and 12.9 points (8.6 and 10.0 with reason.py --seed 3). And <wait> for the end of thinking, twice, is no
           gain, 0.888 -> 0.880 (--seed 3, 200 problems: a loss, 0.905 -> 0.805), though the model has read pauses and
           RL rewards what follows them.
-          Not every reward can be searched by. A reward model on the policy's body, 150 steps on samples mixed with
-          made-up slips, had learned nothing of use: AUC 0.495 on 3,200 held-out samples, best of 8 0.775 where one
-          sample has 0.917; the two numbers of a SurpriseReward reach 0.970. At which size such a model learns to check
-          steps was not measured.
+          Not every reward can be searched by: a reward model on the policy's body, which reads whole answers, learned
+          nothing of use from a few thousand samples here; the two numbers of a SurpriseReward do.
 Omits     tree search with rollouts (MCTS), lookahead, parallel decoding costs.
 Run       python reason.py --save thinker.pt        trains the model: minutes
           python inference_scaling.py --model thinker.pt    accuracy against generated tokens, method by method

@@ -23,7 +23,6 @@ import dataclasses
 import itertools
 import math
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -398,15 +397,6 @@ def _demo(rank: int, options: argparse.Namespace, ranks: list, rendezvous: str) 
     dist.destroy_process_group()
 
 
-def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
-    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
-    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
-    signal.signal(signal.SIGINT, handler)
-    while not ranks.join():
-        pass
-
-
 def main() -> None:
     import pipeline_schedules as schedules
 
@@ -445,8 +435,9 @@ def main() -> None:
     print(f"planned: {options.schedule}, P = {P}, M = {M}, V = {V}; bubble {schedules.bubble(times):.4f}, formula "
           f"{schedules.bubble_formula(options.schedule, P, M, V):.4f}")
     print(schedules.draw_text(times))
+    from processes import start_ranks
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        _start_ranks(_demo, (options, ranks, (Path(folder) / "ranks").as_uri()), P)
+        start_ranks(_demo, (options, ranks, (Path(folder) / "ranks").as_uri()), P)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,16 @@ def join(device: str | None = None, timeout: int = 600) -> World:
     return World(rank, size, local_rank, local_size, mine, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
+def start_ranks(function: Callable, arguments: tuple, P: int) -> None:
+    """function(rank, *arguments) in P processes that end with this one, for demos without torchrun: Ctrl-C is for this
+    process alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
+    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
+    signal.signal(signal.SIGINT, handler)
+    while not ranks.join():
+        pass
+
+
 @contextlib.contextmanager
 def noting_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
     """Inside, Ctrl-C and a polite kill only fill the list that this yields; a second Ctrl-C interrupts."""

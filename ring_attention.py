@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -309,15 +308,6 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.destroy_process_group()
 
 
-def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
-    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
-    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
-    signal.signal(signal.SIGINT, handler)
-    while not ranks.join():
-        pass
-
-
 def main() -> None:
     # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
@@ -333,8 +323,9 @@ def main() -> None:
                        "in 0 .. 2^62 - 1\n")
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
+    from processes import start_ranks
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        _start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
+        start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
 
 
 if __name__ == "__main__":

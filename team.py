@@ -16,7 +16,6 @@ Test      pytest tests/test_team.py
 import argparse
 import contextlib
 import math
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -244,20 +243,12 @@ def _demo(rank: int, steps: int, seed: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
-def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
-    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
-    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
-    signal.signal(signal.SIGINT, handler)
-    while not ranks.join():
-        pass
-
-
 def main(steps: int, seed: int) -> None:
     if steps < 1 or not 0 <= seed < 2**63:
         raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
+    from processes import start_ranks
     with tempfile.TemporaryDirectory() as folder:  # the processes meet through a file: no port to be taken
-        _start_ranks(_demo, (steps, seed, (Path(folder) / "ranks").as_uri()), 2)
+        start_ranks(_demo, (steps, seed, (Path(folder) / "ranks").as_uri()), 2)
 
 
 if __name__ == "__main__":

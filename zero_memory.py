@@ -19,7 +19,6 @@ import argparse
 import gc
 import os
 import subprocess
-import signal
 import sys
 import tempfile
 import weakref
@@ -215,15 +214,6 @@ def _plot(found: list[dict], P: int, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _start_ranks(function: Callable, arguments: tuple, P: int) -> None:
-    """function(rank, *arguments) in P processes that end with this one: Ctrl-C is for this process alone."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the others will have it
-    ranks = torch.multiprocessing.spawn(function, arguments, nprocs=P, join=False, daemon=True)
-    signal.signal(signal.SIGINT, handler)
-    while not ranks.join():
-        pass
-
-
 def main(program: str = "zero_memory.py") -> None:
     """The program, called ``program`` in what it says."""
     import zero
@@ -254,8 +244,9 @@ def main(program: str = "zero_memory.py") -> None:
             parser.exit(2, f"{program}: --plot {options.plot}: name a picture in a folder that is there\n")
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
+    from processes import start_ranks
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        _start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
+        start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import parallel
+import processes
 from conftest import run_ranks, spawn_ranks
 from parallel import DataParallel, average_gradients, rank_and_size
 from parallel import ring_all_gather, ring_all_reduce, ring_reduce_scatter
@@ -668,7 +669,7 @@ def test_demo_starts_as_many_ranks_as_asked_whatever_another_launcher_left_in_th
     monkeypatch.setattr(sys, "argv", ["parallel.py", "--ranks", "2"])
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(parallel, "_start_ranks", lambda function, arguments, P: started.append(P))
+    monkeypatch.setattr(processes, "start_ranks", lambda function, arguments, P: started.append(P))
     parallel.main()
     assert started == [2]
 
