@@ -6,10 +6,10 @@ Idea      A base model continues text; an assistant answers. Special tokens that
 Formula   <|user|> question <|end|> <|assistant|> answer <|end|>  ...         one conversation, as often as it goes on
           mask     0         0       0        0         1      1              -log P(answer <|end|> | all before)
 Shapes    conversations -> tokens (B, T) int64, mask (B, T) fp32: mask[b, t] = 1 if token t of row b is to be learned.
-          A row is one conversation, padded on the right; rows of like length share a batch. In a causal model no token
-          sees another conversation, or padding, and positions start at 0. Several conversations in one row would need
-          an attention mask in blocks and positions for each token, and save what is padding: 1 % in the demo's batches.
-Omits     tools and images; several conversations in one row (packing.py does that to documents).
+          ``pack_examples``: several conversations to a row, what is left of it empty. Attention and positions begin
+          anew with each (packing.PackedRows), so that a row gives what its conversations give alone.
+          ``pad``: one to a row, padded on the right; what has no mask of its own (rewards, pairs) takes those.
+Omits     tools and images.
 Run       python chat.py                          questions and answers from Python's documentation: 5 s
           python chat.py --data my/pairs.jsonl    checks a file: {"prompt", "response"}, {"messages": [...]},
                                                   {"prompt", "chosen", "rejected"}, or
@@ -27,9 +27,11 @@ import os
 import random
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn as nn
@@ -169,6 +171,25 @@ def fit_pair(encoding: tiktoken.Encoding, pair: Preference, context: int) -> tup
                              f"{context}: shorten them, or leave the line out")
         found.append((tokens, [0.0] * len(prompt) + [1.0] * (len(tokens) - len(prompt))))
     return tuple(found)
+
+
+def pack_examples(examples: Sequence[Example], context: int,
+                  device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Examples of any lengths, several to a row by best fit: tokens, mask, and which example each token is of, -1
+    where a row is empty, all (R, T). ``model(tokens, packing.PackedRows(ids))`` keeps them apart. T is at most the
+    context; of the widths tried it leaves the fewest places empty. ValueError for an example that is longer."""
+    from packing import pack_best_fit
+    lengths = np.array([len(tokens) for tokens, _ in examples])
+    if (longest := int(lengths.max())) > context:
+        raise ValueError(f"an example of {longest} tokens does not fit a row of {context}: cut it by fit_example")
+    plans = {T: pack_best_fit(lengths, T) for T in {min(context, longest * k // 4) for k in range(4, 17)}}
+    T = min(plans, key=lambda T: ((plans[T][-1, 0] + 1) * T, T))  # among equals the narrowest: attention costs T^2
+    shape, places = (int(plans[T][-1, 0]) + 1, T), defaultdict(int)
+    packed, masks, ids = np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.full(shape, -1)
+    for row, i, _, n in plans[T].tolist():
+        here, places[row] = slice(places[row], places[row] + n), places[row] + n
+        packed[row, here], masks[row, here], ids[row, here] = *examples[i], i
+    return tuple(torch.from_numpy(x).to(device) for x in (packed, masks, ids))
 
 
 def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -328,6 +349,7 @@ def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
         raise ValueError("--vocab_size must be at least 257, --context at least 64 and --seed in 0 .. 2^63 - 1, got "
                          f"{vocab_size}, {context} and {seed}")
     import labeller
+    import packing
     import tokenizer
     from gpt import GPT, GPTConfig
     kinds: tuple[list, list] = ([], [])
@@ -354,19 +376,19 @@ def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
               f"{vocab_size} others as before: {kept} (expected True)")
         examples = [fit_example(encoding, c.messages, context, c.where) for c in kinds[0]]
         examples += [example for pair in kinds[1] for example in fit_pair(encoding, pair, context)]
-        lengths, worst = [len(tokens) for tokens, _ in examples], 0.0
         tokens, mask = examples[0]
         print("".join(f"[{text}]" if m else text for m, text in
                       zip(mask, (encoding.decode([token]) for token in tokens))) + "    [...] is to be learned")
-        places = padding = 0
-        for i, batch in enumerate(batches(lengths, min(32, len(lengths)), seed, 0)):
-            tokens, _, last = pad([examples[j] for j in batch])
-            places, padding = places + tokens.numel(), padding + int((tokens.size(1) - 1 - last).sum())
+        places = empty = rows = 0
+        for i, batch in enumerate(batches([1] * len(examples), min(32, len(examples)), seed, 0)):
+            tokens, _, ids = pack_examples([examples[j] for j in batch], context)
+            places, empty, rows = places + ids.numel(), empty + int((ids < 0).sum()), rows + len(ids)
             if i == 0:
-                packed = model(tokens)  # (B, T, V)
-                worst = max((packed[row, :lengths[j]] - model(torch.tensor([examples[j][0]]))[0]).abs().max().item()
-                            for row, j in enumerate(batch))
-    print(f"batches of like length: {padding / places:.1%} of the places are padding (expected below 10 %)")
+                packed = model(tokens, packing.PackedRows(ids))  # (R, T, V)
+                worst = max((packed[ids == k] - model(torch.tensor([examples[j][0]]))[0]).abs().max().item()
+                            for k, j in enumerate(batch))
+    print(f"{min(32, len(examples)) * (i + 1):,} conversations in {rows:,} rows, {empty / places:.1%} of whose places "
+          "are empty (expected below 10 %)")
     print(f"packed = alone: {worst < 1e-5} (max |difference of logits| = {worst:.1e}, expected below 1e-5)")
 
 

@@ -267,14 +267,14 @@ class GPT(nn.Module):
                 p.normal_(0.0, std, generator=generator)
 
     def embed(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
-        """tokens (B, T), the first at position ``start``, an int or (B,), -> x (B, T, D)."""
+        """tokens (B, T) -> x (B, T, D). Token t of a row is at position ``start`` + t: an int, (B,) or (B, T)."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
         T, first = tokens.size(1), start if isinstance(start, int) else int(start.max())
         if first + T > (context := self.config.context):
             raise ValueError(f"{T} tokens from position {first} do not fit a context of {context}")
         if isinstance(start, Tensor):
-            start = start[:, None]  # (B, 1)
+            start = start.view(len(start), -1)  # (B, 1) or (B, T)
         # (T,), or (B, T) if rows are padded; slots of padding have no position of their own
         positions = (start + torch.arange(T, device=tokens.device)).clamp(min=0)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
@@ -448,15 +448,14 @@ def main(steps: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"gpt.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))

@@ -168,7 +168,7 @@ class Rotations:
         self.config, self.tables = config, {}
 
     def __call__(self, start: int | Tensor, T: int, device: torch.device) -> Tensor:
-        """Positions start ... start + T - 1: complex (T, Dh/2); if start is (B,): (B, 1, T, Dh/2)."""
+        """Positions start + 0 ... T - 1: complex (T, Dh/2); if start is (B,) or (B, T): (B, 1, T, Dh/2)."""
         # To read a tensor's greatest start would make the CPU wait for the GPU, in every layer.
         end = start + T if isinstance(start, int) else max(self.config.context, T)
         if device not in self.tables or len(self.tables[device]) < end:
@@ -180,7 +180,7 @@ class Rotations:
         if isinstance(start, int):
             return table[start:end]
         # slots of padding have no position of their own
-        return table[(start[:, None, None] + torch.arange(T, device=device)).clamp(min=0)]
+        return table[(start.view(len(start), 1, -1) + torch.arange(T, device=device)).clamp(min=0)]
 
 
 # --- 3. attention ---------------------------------------------------------------------------
@@ -375,7 +375,7 @@ class LlamaBlock(nn.Module):
         self.mlp = mlp(config)
 
     def forward(self, x: Tensor, start: int | Tensor = 0, cache: LayerCache | None = None) -> Tensor:
-        """``start``: the first token's position, (B,) of them if rows are padded."""
+        """``start``: the first token's position, (B,) of them if rows are padded; (B, T): packing.PackedRows."""
         x = x + self.attention(self.norm1(x), start, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -422,7 +422,7 @@ class Llama(nn.Module):
                 p.normal_(0.0, std, generator=generator)
 
     def embed(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
-        """tokens (B, T), the first at position ``start``, an int or (B,), -> x (B, T, D)."""
+        """tokens (B, T) -> x (B, T, D). Token t of a row is at position ``start`` + t: an int, (B,) or (B, T)."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
         T, first = tokens.size(1), start if isinstance(start, int) else int(start.max())
@@ -580,15 +580,16 @@ def main(steps: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"llama.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

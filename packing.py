@@ -13,8 +13,9 @@ Formula   waste        = 1 - (sum of lengths) / (contexts * T)
           validation  <=>  document_hash(text) < held_out
 Shapes    documents (n_d,) -> one line of tokens (N,) uint16 or uint32 and ends (documents,) uint64 on the disk
           -> inputs, targets, document ids (B, T); mask (B, 1, T, T)
-Omits     positions that restart with each document (rotary positions need it not: only differences count);
-          a dictionary of documents (what a document was called is not kept).
+          model(inputs, PackedRows(document ids)): attention and positions of each document as if it stood alone
+Omits     kernels that skip what the mask hides (varlen attention); a dictionary of documents (what a document was
+          called is not kept).
 Run       python packing.py                      Python's documentation, 3 s; ends with "refused by name: True"
           python packing.py --data 'my/*.txt' --context 1024 --out tokens
 Test      pytest tests/test_packing.py
@@ -400,24 +401,39 @@ def block_diagonal_mask(document_ids: Tensor) -> Tensor:
     return (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()  # (B, 1, T, T)
 
 
-class DocumentAttention:
-    """An ``attention`` for GPT and Llama that keeps to documents: set ``document_ids`` (B, T) before each batch.
+class PackedRows:
+    """What GPT and Llama take for a cache when rows hold several documents: positions begin anew with each document,
+    and no query looks into another.
 
-        attention = DocumentAttention()
-        model = Llama(config, attention=attention)
-        inputs, targets, attention.document_ids = contexts.batch(start, count)
+        inputs, targets, ids = contexts.batch(start, count)
+        logits = model(inputs, PackedRows(ids))  # (B, T, V)
+
+    Nothing is remembered, so gradients flow. ``document_ids`` (B, T): neighbours with one id are of one document.
     """
 
-    document_ids: Tensor | None = None
+    def __init__(self, document_ids: Tensor):
+        if document_ids.dim() != 2:
+            raise ValueError(f"document_ids must be (B, T), got shape {tuple(document_ids.shape)}")
+        self.document_ids, layer = document_ids, _PackedLayer()
+        self._layer, self.layers = layer, defaultdict(lambda: layer)  # all layers share one mask
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
-        """q (B, H, T, Dh), k and v (B, Hkv, T, Dh) -> (B, H, T, Dh). ValueError if the ids are of another shape."""
-        found = None if self.document_ids is None else tuple(self.document_ids.shape)
-        if found != (q.size(0), q.size(2)) or k.size(2) != q.size(2) or not is_causal:
-            raise ValueError(f"document_ids of shape {found} and is_causal {is_causal} do not fit q {tuple(q.shape)}, "
-                             f"k {tuple(k.shape)}: want ({q.size(0)}, {q.size(2)}), causal, no cache")
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=block_diagonal_mask(self.document_ids),
-                                              enable_gqa=q.size(1) != k.size(1))
+    def begin(self, T: int) -> Tensor:
+        """Make ready for the first T tokens of each row; returns their positions less their places, (B, T)."""
+        ids = self.document_ids[:, :T]
+        if ids.size(1) < T:
+            raise ValueError(f"rows of {T} tokens have document_ids for {ids.size(1)}")
+        self._layer.mask = block_diagonal_mask(ids)  # (B, 1, T, T)
+        begins = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)  # (B, T)
+        return -(begins * torch.arange(T, device=ids.device)).cummax(1).values  # (B, T)
+
+
+class _PackedLayer:
+    mask: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if k.size(0) != self.mask.size(0):  # one row's mask would fit them all
+            raise ValueError(f"document_ids of {self.mask.size(0)} rows do not fit a batch of {k.size(0)}")
+        return k, v
 
 
 # --- 6. demo ------------------------------------------------------------------------------------

@@ -224,15 +224,17 @@ def _epochs(lengths: Sequence[int], batch: int, seed: int) -> Callable[[int], li
 
 
 def run_sft(config, team, questions, init: str) -> None:
-    """Supervised fine-tuning: -log P(answer | question), a mean over the answers' tokens of a step."""
+    """Supervised fine-tuning: -log P(answer | question), a mean over the answers' tokens of a step; conversations share
+    rows, and none sees another."""
     import chat
     import models
+    import packing
     import rlhf
     model, encoding = read_policy(team, init)
     context = model.config.context
     examples = team.world.agree(lambda: [chat.fit_example(encoding, c.messages, context, c.where)
                                          for c in questions.train])
-    at = _epochs([len(tokens) for tokens, _ in examples], config.sft_batch, config.seed)
+    at = _epochs([1] * len(examples), config.sft_batch, config.seed)
     total = config.sft_epochs * max(1, len(examples) // config.sft_batch)
     stage = Stage("sft", config, team, encoding, {"model": model}, total, config.sft_lr)
 
@@ -240,8 +242,8 @@ def run_sft(config, team, questions, init: str) -> None:
         batch = [examples[i] for i in at(step)]
         count = sum(sum(mask) for _, mask in batch)
         mine, counts = team.deal(batch)
-        tokens, mask, _ = chat.pad(mine, team.world.device)
-        loss = rlhf.response_loss(team.log_probs(model, tokens), mask, count)
+        tokens, mask, ids = chat.pack_examples(mine, context, team.world.device)
+        loss = rlhf.response_loss(team.log_probs(model, tokens, packing.PackedRows(ids)), mask, count)
         return stage.step(counts * (loss + models.balancing_loss(model) * (len(mine) / len(batch))))
 
     stage.run(learn)

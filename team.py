@@ -15,6 +15,7 @@ Test      pytest tests/test_team.py
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
 import tempfile
@@ -62,10 +63,12 @@ class Team:
             return token_losses
         return lambda logits, targets: vocabulary_cross_entropy(logits, targets, model.config.vocab_size, self.slices)
 
-    def log_probs(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """log p(token t | tokens before it) at place t, with gradients: tokens (B, T) -> (B, T)."""
+    def log_probs(self, model: nn.Module, tokens: Tensor, rows=None) -> Tensor:
+        """log p(token t | tokens before it) at place t, with gradients: tokens (B, T) -> (B, T). ``rows``, a
+        packing.PackedRows: before it in its own text; what then stands at a text's first token means nothing."""
         import rlhf
-        return rlhf.aligned_log_probs(model, tokens, losses=self.losses(model))
+        forward = model if rows is None else functools.partial(model, cache=rows)
+        return rlhf.aligned_log_probs(forward, tokens, losses=self.losses(model))
 
     def whole_logits(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """A slice of the vocabulary's logits -> all of them: (B, Vp) -> (B, V)."""

@@ -16,6 +16,7 @@ import chat
 import checkpoint
 import decode
 import labeller
+import packing
 import processes
 import rlhf
 import stages
@@ -113,6 +114,23 @@ def test_every_layout_learns_and_judges_as_one_process(base, done, tmp_path, P, 
         assert ours["answers"] == theirs["answers"]
         assert ours["gold"] == pytest.approx(theirs["gold"]) and ours["kl"] == pytest.approx(theirs["kl"], abs=1e-3)
     assert (tmp_path / "sft/preferences.jsonl").read_text() == (out / "sft/preferences.jsonl").read_text()
+
+
+def test_fine_tuning_on_packed_rows_learns_what_one_conversation_a_row_teaches(learn, tmp_path, monkeypatch):
+    """1e-10: the same sums in another order, in float64."""
+    path, rows, pack = tmp_path / "short.jsonl", [], chat.pack_examples
+    path.write_text("".join(json.dumps({"prompt": "ab " * (1 + i % 5), "response": f"{i} " * (1 + i % 3)}) + "\n"
+                            for i in range(30)))
+    packed = learn("sft", instructions=str(path))
+
+    def one_to_a_row(examples, context, device):
+        rows.append((len(pack(examples, context)[0]), len(examples)))
+        return chat.pad(examples, device)
+
+    monkeypatch.setattr(chat, "pack_examples", one_to_a_row)
+    monkeypatch.setattr(packing, "PackedRows", lambda ids: None)
+    torch.testing.assert_close(packed, learn("sft", instructions=str(path)), rtol=0, atol=1e-10)
+    assert rows and all(n <= examples / 2 for n, examples in rows)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])

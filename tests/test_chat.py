@@ -1,17 +1,22 @@
 """The template against one written out by hand, packing against single rows, files good and bad."""
 
+import functools
 import json
+import random
 
 import pytest
 import tiktoken
 import torch
 
 import chat
-from chat import (END, Conversation, Preference, answer_text, ask, batches, extend, fit_example, fit_pair, pad,
+import rlhf
+from chat import (END, Conversation, Preference, answer_text, ask, batches, extend, fit_example, fit_pair, pack_examples,
+                  pad,
                   read_conversations, read_preferences, render, render_prompt, resize_vocabulary, split_conversations)
 from run_here import run_here
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
+from packing import PackedRows
 
 BYTES = {bytes([b]): b for b in range(256)}
 
@@ -119,8 +124,53 @@ def test_pairs_learn_their_last_answers_and_refuse_what_is_equal_up_to_the_conte
         fit_pair(encoding, Preference(turns, "dea", "deb", "w"), 10)
 
 
+def some_examples(encoding, n=12):
+    """Of one turn and of two, of many lengths."""
+    draw, found = random.Random(0), []
+    for i in range(n):
+        turns = [{"role": role, "content": "".join(draw.choices("abcdef ", k=draw.randint(1, 12)))}
+                 for role in ("user", "assistant") * (1 + i % 2)]
+        found.append(fit_example(encoding, turns, 64, str(i)))
+    return found
+
+
 @pytest.mark.parametrize("make", [gpt, llama])
-def test_logits_of_an_example_are_the_same_packed_and_alone(encoding, make):
+def test_losses_and_gradients_of_packed_conversations_match_each_alone(encoding, make):
+    """1e-7 for Llama, whose norms and angles are in fp32; GPT is in float64 throughout."""
+    examples, model, tolerance = some_examples(encoding), make(), 1e-12 if make is gpt else 1e-7
+    tokens, mask, ids = pack_examples(examples, 64)
+    assert max(len(set(row.tolist()) - {-1}) for row in ids) >= 3
+    count = mask.sum()
+    forward = functools.partial(model, cache=PackedRows(ids))
+    packed = rlhf.response_loss(rlhf.aligned_log_probs(forward, tokens), mask, count)
+    alone = sum(rlhf.response_loss(rlhf.aligned_log_probs(model, torch.tensor([ids])), torch.tensor([learnt]), count)
+                for ids, learnt in examples)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=tolerance)
+    leaking = rlhf.response_loss(rlhf.aligned_log_probs(model, tokens), mask, count)
+    assert abs(leaking - alone) > 1e-4  # without PackedRows: the check can tell
+    for ours, theirs in zip(torch.autograd.grad(packed, list(model.parameters())),
+                            torch.autograd.grad(alone, list(model.parameters()))):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_packed_rows_hold_every_token_and_its_mask_once(encoding):
+    for n, context in ((1, 64), (2, 64), (12, 64), (12, 500), (7, 61)):
+        examples = some_examples(encoding, n)
+        tokens, mask, ids = pack_examples(examples, context)
+        assert tokens.shape == mask.shape == ids.shape and tokens.size(1) <= context and mask.dtype == torch.float32
+        for k, (expected, learnt) in enumerate(examples):
+            row, = (ids == k).any(1).nonzero().flatten().tolist()  # one row, in one piece
+            places = (ids[row] == k).nonzero().flatten()
+            assert len(places) == len(expected) == places[-1] - places[0] + 1
+            assert tokens[row, places].tolist() == expected and mask[row, places].tolist() == learnt
+        assert not mask[ids < 0].any() and (ids >= 0).sum() == sum(len(x) for x, _ in examples)
+    assert n == 7 and pack_examples(examples[:1], context)[0].shape == (1, len(examples[0][0]))  # nothing empty
+    with pytest.raises(ValueError, match="an example of 61 tokens does not fit a row of 60: cut it by fit_example"):
+        pack_examples([([1] * 61, [1.0] * 61)], 60)
+
+
+@pytest.mark.parametrize("make", [gpt, llama])
+def test_logits_of_an_example_are_the_same_padded_and_alone(encoding, make):
     texts = ["a", "hello there", "b" * 30]
     examples = [fit_example(encoding, [*ask(t), {"role": "assistant", "content": t[::-1]}], 64, t) for t in texts]
     tokens, mask, last = pad(examples)
