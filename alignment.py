@@ -303,6 +303,7 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
     """
     import chat
     import checkpoint
+    import run_folder
     import stages
     from team import Team
     chosen = list(config.chosen() if chosen is None else chosen)
@@ -318,6 +319,7 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
     if config.preferences is not None and chosen != ["sft"]:  # a bad line is named now, not after the first stage
         world.agree(lambda: [chat.fit_pair(encoding, p, context) for p in chat.read_preferences(config.preferences)])
     del model
+    world.first(lambda: [run_folder.lock(config.folder(stage)) for stage in chosen])
     if config.overwrite and world.rank == 0:
         for stage in chosen:
             for old in [*config.folder(stage).glob("step-*")]:
@@ -404,6 +406,7 @@ def _parse(arguments: list[str]) -> AlignConfig:
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 2 the user has to mend something, 130 Ctrl-C."""
     import processes
+    import run_folder
     try:
         config = _parse(arguments)
         run_stages(config, processes.join(config.device, config.timeout))
@@ -415,6 +418,7 @@ def main(arguments: list[str]) -> int:
         return 128 + signal.SIGINT
     finally:
         import torch.distributed as dist
+        run_folder.unlock()
         with contextlib.suppress(Exception):
             if dist.is_initialized():
                 dist.destroy_process_group()

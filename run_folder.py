@@ -95,8 +95,11 @@ def begin(out: Path, resumed: Path | None) -> None:
 
 
 def lock(out: Path) -> None:
-    """One run per folder, for as long as this process lives; where there are no file locks, on the user's honour."""
+    """One run per folder, for as long as this process lives; where there are no file locks, on the user's honour. A
+    folder that this process has locked already stays so."""
     from config import ConfigError
+    if str(out) in _LOCKS:
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a+")
@@ -173,11 +176,15 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.parse_args()
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -269,6 +269,16 @@ def test_settings_that_cannot_be_are_refused(base, tmp_path, settings, message):
         config(base, tmp_path, **settings)
 
 
+def test_a_folder_that_another_run_is_writing_is_refused(base, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "sft").mkdir()
+    with open(tmp_path / "sft/.lock", "a+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="sft is being written by process"):
+            run_stages(config(base, tmp_path), processes.World())
+    assert not list((tmp_path / "sft").glob("step-*"))
+
+
 def test_what_is_missing_is_refused_before_work_begins(base, tmp_path):
     world = processes.World()
     with pytest.raises(ValueError, match="--tp=2 does not divide 1 processes: start a multiple of 2 by torchrun"):

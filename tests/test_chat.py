@@ -10,9 +10,9 @@ import torch
 
 import chat
 import rlhf
-from chat import (END, Conversation, Preference, answer_text, ask, batches, extend, fit_example, fit_pair, pack_examples,
-                  pad,
-                  read_conversations, read_preferences, render, render_prompt, resize_vocabulary, split_conversations)
+from chat import (END, Conversation, Preference, answer_text, ask, batches, extend, fit_example, fit_pair,
+                  pack_examples, pad, read_conversations, read_preferences, render, render_prompt, resize_vocabulary,
+                  split_conversations)
 from run_here import run_here
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
