@@ -113,7 +113,7 @@ class Gathering:
             unit = unit_of_module.get(module, rest)
             if unit is not None or module is model:
                 module.register_forward_pre_hook(lambda *_, unit=unit: self._before(unit), prepend=True)
-                module.register_forward_hook(lambda *_, unit=unit: self._after(unit), always_call=True)
+                module.register_forward_hook(lambda _, __, output, unit=unit: self._after(unit, output), always_call=True)
         model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.free_all())
 
     def _before(self, unit: _Unit | None) -> None:
@@ -144,12 +144,16 @@ class Gathering:
         self._contexts[-1] = saved_tensors_hooks(pack, unpack)
         self._contexts[-1].__enter__()
 
-    def _after(self, unit: _Unit | None) -> None:
+    def _after(self, unit: _Unit | None, output) -> None:
         context = self._contexts.pop()
         if context is not None:
             context.__exit__(None, None, None)
         if unit is not None:
             unit.active -= 1
+        if unit not in (None, self.units[0]):  # a block that repeats its forward in backward unpacks nothing before
+            for y in output if isinstance(output, (tuple, list)) else (output,):
+                if isinstance(y, Tensor) and y.requires_grad:
+                    y.register_hook(lambda _: self._enter(unit, True))
 
     @torch.no_grad()
     def _enter(self, unit: _Unit, backward: bool) -> None:
