@@ -5,10 +5,13 @@ Idea      A base model continues text; an assistant answers. Special tokens that
           their tokens, and the <|end|> after each, so that it learns to stop.
 Formula   <|user|> question <|end|> <|assistant|> answer <|end|>  ...         one conversation, as often as it goes on
           mask     0         0       0        0         1      1              -log P(answer <|end|> | all before)
-Shapes    conversations -> tokens (B, T) int64, mask (B, T) fp32: mask[b, t] = 1 if token t of row b is to be learned.
+Shapes    conversations -> lists of tokens and of their mask -> tokens (B, T) int64, mask (B, T) fp32: mask[b, t] = 1
+          if token t of row b is to be learned.
           ``pack_examples``: several conversations to a row, what is left of it empty. Attention and positions begin
-          anew with each (packing.PackedRows), so that a row gives what its conversations give alone.
-          ``pad``: one to a row, padded on the right; what has no mask of its own (rewards, pairs) takes those.
+          anew with each (packing.PackedRows), so that a row gives what its conversations give alone (experts with a
+          capacity excepted: they count tokens over rows). A conversation's first token, whose probability a row's
+          place before it cannot give, is a role's, and never learned.
+          ``pad``: one to a row, padded on the right, for what is read at a row's end (rewards, answers compared).
 Omits     tools and images.
 Run       python chat.py                          questions and answers from Python's documentation: 5 s
           python chat.py --data my/pairs.jsonl    checks a file: {"prompt", "response"}, {"messages": [...]},
@@ -25,7 +28,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -175,19 +177,27 @@ def fit_pair(encoding: tiktoken.Encoding, pair: Preference, context: int) -> tup
 
 def pack_examples(examples: Sequence[Example], context: int,
                   device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Examples of any lengths, several to a row by best fit: tokens, mask, and which example each token is of, -1
-    where a row is empty, all (R, T). ``model(tokens, packing.PackedRows(ids))`` keeps them apart. T is at most the
-    context; of the widths tried it leaves the fewest places empty. ValueError for an example that is longer."""
+    """Examples of any lengths, several to a row by best fit, as R rows of T tokens: tokens, mask, and ids, the index in
+    ``examples`` that each token is of, -1 where a row is empty; (R, T) each. ``model(tokens, packing.PackedRows(ids))``
+    keeps them apart. ValueError if there are none, or one is empty or longer than the context.
+
+    Widths T from the longest example to four times that, and the context, are tried: attention costs R T^2, the rest
+    R T, so the narrowest is taken that has within 3 % of the fewest places.
+    """
     from packing import pack_best_fit
+    if not examples or any(not tokens or len(tokens) != len(mask) for tokens, mask in examples):
+        raise ValueError(f"want examples of at least one token, each with a mask of its length, got {len(examples)} of "
+                         f"{[(len(tokens), len(mask)) for tokens, mask in examples][:9]}")
     lengths = np.array([len(tokens) for tokens, _ in examples])
     if (longest := int(lengths.max())) > context:
         raise ValueError(f"an example of {longest} tokens does not fit a row of {context}: cut it by fit_example")
     plans = {T: pack_best_fit(lengths, T) for T in {min(context, longest * k // 4) for k in range(4, 17)}}
-    T = min(plans, key=lambda T: ((plans[T][-1, 0] + 1) * T, T))  # among equals the narrowest: attention costs T^2
-    shape, places = (int(plans[T][-1, 0]) + 1, T), defaultdict(int)
+    fewest = min((plan[-1, 0] + 1) * T for T, plan in plans.items())
+    T = min(T for T, plan in plans.items() if (plan[-1, 0] + 1) * T <= 1.03 * fewest)
+    shape, filled = (int(plans[T][-1, 0]) + 1, T), defaultdict(int)
     packed, masks, ids = np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.full(shape, -1)
     for row, i, _, n in plans[T].tolist():
-        here, places[row] = slice(places[row], places[row] + n), places[row] + n
+        here, filled[row] = slice(filled[row], filled[row] + n), filled[row] + n
         packed[row, here], masks[row, here], ids[row, here] = *examples[i], i
     return tuple(torch.from_numpy(x).to(device) for x in (packed, masks, ids))
 
@@ -345,9 +355,9 @@ def split_conversations(conversations: Sequence[Conversation],
 # --- 6. demo --------------------------------------------------------------------------------
 
 def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
-    if vocab_size < 257 or context < 64 or not 0 <= seed < 2**63:
-        raise ValueError("--vocab_size must be at least 257, --context at least 64 and --seed in 0 .. 2^63 - 1, got "
-                         f"{vocab_size}, {context} and {seed}")
+    if not 257 <= vocab_size <= 2**20 or not 64 <= context <= 2**20 or not 0 <= seed < 2**32:
+        raise ValueError("--vocab_size must be in 257 .. 2^20, --context in 64 .. 2^20 and --seed in 0 .. 2^32 - 1, "
+                         f"got {vocab_size}, {context} and {seed}")
     import labeller
     import packing
     import tokenizer
@@ -357,15 +367,15 @@ def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
         kinds[0].extend(Conversation([*ask(question), {"role": "assistant", "content": sentence}], question)
                         for question, sentence in labeller.default_questions())
     else:
-        with open(data, encoding="utf-8", errors="replace") as file:
-            first = next((line for line in file if line.strip()), "")
-            pairs = bool({'"chosen"', '"answers"'} & set(re.findall(r'"\w+"', first)))
+        first, _ = next(_json_lines(data, '"prompt" or "messages"'))
+        pairs = bool({"chosen", "answers"} & first.keys())
         kinds[pairs].extend(read_preferences(data) if pairs else read_conversations(data))
     for kind, found in zip(("conversations", "preferences"), kinds):
         if found:
             print(f"{len(found):,} {kind}; the first: {found[0]}")
     texts = [message["content"] for c in [*kinds[0], *kinds[1]] for message in c.messages]
-    encoding = extend(tokenizer.train(texts, vocab_size))
+    plain = tokenizer.train(texts, vocab_size)
+    encoding, vocab_size = extend(plain), plain.n_vocab  # a small file teaches fewer
     generator = torch.Generator().manual_seed(seed)
     model = GPT(GPTConfig(vocab_size, context, 2, 4, 64), generator=generator).eval()
     with torch.no_grad():
@@ -387,8 +397,8 @@ def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
                 packed = model(tokens, packing.PackedRows(ids))  # (R, T, V)
                 worst = max((packed[ids == k] - model(torch.tensor([examples[j][0]]))[0]).abs().max().item()
                             for k, j in enumerate(batch))
-    print(f"{min(32, len(examples)) * (i + 1):,} conversations in {rows:,} rows, {empty / places:.1%} of whose places "
-          "are empty (expected below 10 %)")
+    print(f"{min(32, len(examples)) * (i + 1):,} examples in {rows:,} rows: {empty / places:.1%} of the places are "
+          "empty" + (" (expected below 10 %)" if data is None else ""))
     print(f"packed = alone: {worst < 1e-5} (max |difference of logits| = {worst:.1e}, expected below 1e-5)")
 
 

@@ -113,7 +113,8 @@ class Gathering:
             unit = unit_of_module.get(module, rest)
             if unit is not None or module is model:
                 module.register_forward_pre_hook(lambda *_, unit=unit: self._before(unit), prepend=True)
-                module.register_forward_hook(lambda _, __, output, unit=unit: self._after(unit, output), always_call=True)
+                module.register_forward_hook(lambda _, __, output, unit=unit: self._after(unit, output),
+                                             always_call=True)
         model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self.free_all())
 
     def _before(self, unit: _Unit | None) -> None:

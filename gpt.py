@@ -194,7 +194,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each (B, H, T, Dh)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, Dh)
-        if cache is not None and cache.mask is not None:  # padded rows: ``attention`` has no place for a mask
+        if cache is not None and cache.mask is not None:  # padded or packed rows: ``attention`` takes no mask
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
         else:
             y = self.attention(q, k, v, is_causal=True)  # (B, H, T, Dh)
@@ -231,7 +231,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 / GPT-3, with any exact implementation of attention; ``generator`` draws the weights."""
+    """GPT-2 / GPT-3, with any exact implementation of attention; ``generator`` draws the weights.
+
+    ``attention(q, k, v, is_causal=True)`` is not asked where rows are padded or packed: those need a mask.
+    """
 
     # How tensor parallelism cuts each parameter: by output columns, by input rows, by vocabulary.
     tp_plan = {"token_embedding.weight": "vocab",
@@ -267,9 +270,11 @@ class GPT(nn.Module):
                 p.normal_(0.0, std, generator=generator)
 
     def embed(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
-        """tokens (B, T) -> x (B, T, D). Token t of a row is at position ``start`` + t: an int, (B,) or (B, T)."""
+        """tokens (B, T) -> x (B, T, D). Token t of row b is at position t + ``start``, or start[b], or start[b, t]."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
+        if isinstance(start, Tensor) and len(start) != len(tokens):
+            raise ValueError(f"{len(tokens)} rows of tokens have positions or document_ids for {len(start)}")
         T, first = tokens.size(1), start if isinstance(start, int) else int(start.max())
         if first + T > (context := self.config.context):
             raise ValueError(f"{T} tokens from position {first} do not fit a context of {context}")
@@ -285,8 +290,11 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.token_embedding.weight)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) -> logits (B, T, V). With a cache, tokens are the ones that it does not hold yet."""
-        start = 0 if cache is None else cache.begin(tokens.size(1))
+        """tokens (B, T) -> logits (B, T, V). With a cache, tokens are the ones that it does not hold yet.
+
+        ``cache`` may also be a packing.PackedRows: several texts in a row, none of which sees another.
+        """
+        start = 0 if cache is None else cache.begin(tokens.size(-1))
         x = self.embed(tokens, start)
         for i, block in enumerate(self.blocks):
             x = block(x, start, None if cache is None else cache.layers[i])
@@ -451,8 +459,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:

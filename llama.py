@@ -340,7 +340,9 @@ class GroupedQueryAttention(nn.Module):
             if T > 1 or mask is not None:
                 band = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T).triu(S - T - window + 1)
                 mask = band if mask is None else mask[..., first:] & band
-        if mask is not None:  # padded rows or a window: ``attention`` has no place for a mask
+        if mask is not None:  # padded or packed rows, or a window: ``attention`` takes no mask
+            if torch.is_grad_enabled():  # under a mask torch's fused CUDA kernels take no groups: it would keep T x S
+                k, v = (y.repeat_interleave(q.size(1) // k.size(1), 1) for y in (k, v))  # (B, H, S, Dh)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
         else:
             y = self.attention(q, k, v, is_causal=True)  # (B, H, T, Dh)
@@ -383,9 +385,9 @@ class LlamaBlock(nn.Module):
 class Llama(nn.Module):
     """Llama and Mistral, with any exact attention and any feed-forward part; ``generator`` draws the weights.
 
-    ``attention(q, k, v, is_causal=True)`` gets k and v with Hkv heads. It is not asked where rows are padded, or the
-    keys are more than the window: those need a mask. ``mlp(config)`` makes the module (B, T, D) -> (B, T, D) of each
-    layer, such as ``lambda c: MoE(c.d_model, c.d_ff, 8, 2)``; to be loaded and saved it has SwiGLU's
+    ``attention(q, k, v, is_causal=True)`` gets k and v with Hkv heads. It is not asked where rows are padded or
+    packed, or the keys are more than the window: those need a mask. ``mlp(config)`` makes the module (B, T, D) ->
+    (B, T, D) of each layer, such as ``lambda c: MoE(c.d_model, c.d_ff, 8, 2)``; to be loaded and saved it has SwiGLU's
     ``hugging_face_tensors`` and, if transformers calls the model otherwise, ``hugging_face_config``.
     """
 
@@ -422,9 +424,11 @@ class Llama(nn.Module):
                 p.normal_(0.0, std, generator=generator)
 
     def embed(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
-        """tokens (B, T) -> x (B, T, D). Token t of a row is at position ``start`` + t: an int, (B,) or (B, T)."""
+        """tokens (B, T) -> x (B, T, D). Token t of row b is at position t + ``start``, or start[b], or start[b, t]."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
+        if isinstance(start, Tensor) and len(start) != len(tokens):
+            raise ValueError(f"{len(tokens)} rows of tokens have positions or document_ids for {len(start)}")
         T, first = tokens.size(1), start if isinstance(start, int) else int(start.max())
         if first + T > (context := self.config.context):
             raise ValueError(f"{T} tokens from position {first} do not fit a context of {context}")
@@ -439,7 +443,10 @@ class Llama(nn.Module):
         return F.linear(self.norm(x), (self.token_embedding if self.config.tied else self.output).weight)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) -> logits (B, T, V). With a cache, tokens are the ones that it does not hold yet."""
+        """tokens (B, T) -> logits (B, T, V). With a cache, tokens are the ones that it does not hold yet.
+
+        ``cache`` may also be a packing.PackedRows: several texts in a row, none of which sees another.
+        """
         start = 0 if cache is None else cache.begin(tokens.size(-1))
         x = self.embed(tokens, start)
         for i, block in enumerate(self.blocks):
@@ -583,8 +590,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:

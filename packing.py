@@ -8,14 +8,14 @@ Idea      A model reads contexts of T tokens; documents have any length. Joined 
           The tokens lie in a file that is mapped, not read: it may be larger than memory.
 Formula   waste        = 1 - (sum of lengths) / (contexts * T)
           best fit     : context(d) = argmin over { c : space(c) >= n_d } of space(c), ties to the oldest
-          query i sees key j  <=>  j <= i and document(i) = document(j)
+          query i sees key j  <=>  j <= i and document(i) = document(j); pieces of one document are two
           input t + 1 of a document = its token t, input 0 = eot: every token is a target exactly once
           validation  <=>  document_hash(text) < held_out
 Shapes    documents (n_d,) -> one line of tokens (N,) uint16 or uint32 and ends (documents,) uint64 on the disk
           -> inputs, targets, document ids (B, T); mask (B, 1, T, T)
           model(inputs, PackedRows(document ids)): attention and positions of each document as if it stood alone
-Omits     kernels that skip what the mask hides (varlen attention); a dictionary of documents (what a document was
-          called is not kept).
+Omits     skipping what the mask hides (flash_attn.py does, given ``ids``); a dictionary of documents (what a
+          document was called is not kept).
 Run       python packing.py                      Python's documentation, 3 s; ends with "refused by name: True"
           python packing.py --data 'my/*.txt' --context 1024 --out tokens
 Test      pytest tests/test_packing.py
@@ -354,6 +354,8 @@ class PackedContexts:
                  shuffle: bool = True):
         if plan.ndim != 2 or plan.shape[1] != 4 or not len(plan):
             raise ValueError(f"a plan must be (pieces, 4) with pieces >= 1, got {plan.shape}")
+        if plan.min() < 0 or (np.diff(plan[:, 0]) < 0).any():
+            raise ValueError("a plan's numbers must be >= 0, its contexts in order")
         longest = int(np.bincount(plan[:, 0], plan[:, 3]).max())
         if longest > context or plan[:, 1].max() >= len(shard) or not 0 <= seed < 2**32:
             raise ValueError(f"a plan with rows of {longest} tokens and documents up to {plan[:, 1].max()} wants "
@@ -402,37 +404,41 @@ def block_diagonal_mask(document_ids: Tensor) -> Tensor:
 
 
 class PackedRows:
-    """What GPT and Llama take for a cache when rows hold several documents: positions begin anew with each document,
-    and no query looks into another.
+    """Rows that hold several documents, to be given to GPT or Llama as a cache: positions begin anew with each
+    document, and no query looks into another.
 
         inputs, targets, ids = contexts.batch(start, count)
         logits = model(inputs, PackedRows(ids))  # (B, T, V)
 
-    Nothing is remembered, so gradients flow. ``document_ids`` (B, T): neighbours with one id are of one document.
+    Of a cache it has what the models ask for, ``begin``, ``layers[i].append`` and ``layers[i].mask``, but it keeps no
+    keys: every call is a whole forward, and gradients flow. ``document_ids`` (B, T) of any kind: a document ends where
+    the number changes. The mask is one of T^2 places, and each layer's attention keeps a copy of it for backward.
     """
 
     def __init__(self, document_ids: Tensor):
         if document_ids.dim() != 2:
             raise ValueError(f"document_ids must be (B, T), got shape {tuple(document_ids.shape)}")
-        self.document_ids, layer = document_ids, _PackedLayer()
-        self._layer, self.layers = layer, defaultdict(lambda: layer)  # all layers share one mask
+        self.document_ids = document_ids
 
     def begin(self, T: int) -> Tensor:
-        """Make ready for the first T tokens of each row; returns their positions less their places, (B, T)."""
+        """Make ready for tokens (B, T); of longer rows of ids the first T count, so that inputs may be rows without
+        their last token. Returns what has to be added to a token's place in its row to give its position, (B, T):
+        ids 7 7 7 8 8 -> 0 0 0 -3 -3."""
         ids = self.document_ids[:, :T]
         if ids.size(1) < T:
             raise ValueError(f"rows of {T} tokens have document_ids for {ids.size(1)}")
-        self._layer.mask = block_diagonal_mask(ids)  # (B, 1, T, T)
         begins = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)  # (B, T)
+        layer = _PackedLayer(block_diagonal_mask(begins.cumsum(1)))
+        self.layers = defaultdict(lambda: layer)  # layer i, whatever i is
+        # the last place so far where a document began
         return -(begins * torch.arange(T, device=ids.device)).cummax(1).values  # (B, T)
 
 
 class _PackedLayer:
-    mask: Tensor | None = None
+    def __init__(self, mask: Tensor):
+        self.mask = mask  # (B, 1, T, T)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if k.size(0) != self.mask.size(0):  # one row's mask would fit them all
-            raise ValueError(f"document_ids of {self.mask.size(0)} rows do not fit a batch of {k.size(0)}")
         return k, v
 
 
@@ -440,8 +446,8 @@ class _PackedLayer:
 
 def main(data: str | None, context: int, held_out: float, seed: int, out: str | None) -> None:
     from data import default_documents, read_documents
-    if context < 1 or not 0 <= seed < 2**32:  # asked before anything is written
-        raise ValueError(f"--context must be at least 1 and --seed in 0 .. 2^32 - 1, got {context} and {seed}")
+    if not 1 <= context <= 2**24 or not 0 <= seed < 2**32:  # asked before anything is written
+        raise ValueError(f"--context must be in 1 .. 2^24 and --seed in 0 .. 2^32 - 1, got {context} and {seed}")
     documents: Iterator[str] = iter(default_documents()) if data is None else read_documents(data)
     eot = 256  # the bytes are tokens 0 to 255, so that the demo needs no tokenizer
     with tempfile.TemporaryDirectory() as scratch:

@@ -234,7 +234,7 @@ def run_sft(config, team, questions, init: str) -> None:
     context = model.config.context
     examples = team.world.agree(lambda: [chat.fit_example(encoding, c.messages, context, c.where)
                                          for c in questions.train])
-    at = _epochs([1] * len(examples), config.sft_batch, config.seed)
+    at = _epochs([1] * len(examples), config.sft_batch, config.seed)  # any lengths: packed rows have no padding to save
     total = config.sft_epochs * max(1, len(examples) // config.sft_batch)
     stage = Stage("sft", config, team, encoding, {"model": model}, total, config.sft_lr)
 
@@ -244,7 +244,8 @@ def run_sft(config, team, questions, init: str) -> None:
         mine, counts = team.deal(batch)
         tokens, mask, ids = chat.pack_examples(mine, context, team.world.device)
         loss = rlhf.response_loss(team.log_probs(model, tokens, packing.PackedRows(ids)), mask, count)
-        return stage.step(counts * (loss + models.balancing_loss(model) * (len(mine) / len(batch))))
+        share = sum(len(tokens) for tokens, _ in mine) / sum(len(tokens) for tokens, _ in batch)
+        return stage.step(counts * (loss + models.balancing_loss(model) * share))
 
     stage.run(learn)
 

@@ -65,7 +65,7 @@ class Team:
 
     def log_probs(self, model: nn.Module, tokens: Tensor, rows=None) -> Tensor:
         """log p(token t | tokens before it) at place t, with gradients: tokens (B, T) -> (B, T). ``rows``, a
-        packing.PackedRows: before it in its own text; what then stands at a text's first token means nothing."""
+        packing.PackedRows: before it in its own text; at a text's first token stands a number without meaning."""
         import rlhf
         forward = model if rows is None else functools.partial(model, cache=rows)
         return rlhf.aligned_log_probs(forward, tokens, losses=self.losses(model))

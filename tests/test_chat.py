@@ -165,6 +165,9 @@ def test_packed_rows_hold_every_token_and_its_mask_once(encoding):
             assert tokens[row, places].tolist() == expected and mask[row, places].tolist() == learnt
         assert not mask[ids < 0].any() and (ids >= 0).sum() == sum(len(x) for x, _ in examples)
     assert n == 7 and pack_examples(examples[:1], context)[0].shape == (1, len(examples[0][0]))  # nothing empty
+    for bad in ([], [([], [])], [([1, 2, 3], [1.0])]):
+        with pytest.raises(ValueError, match="want examples of at least one token, each with a mask of its length"):
+            pack_examples(bad, 60)
     with pytest.raises(ValueError, match="an example of 61 tokens does not fit a row of 60: cut it by fit_example"):
         pack_examples([([1] * 61, [1.0] * 61)], 60)
 
@@ -271,9 +274,12 @@ def test_program_checks_a_file_and_says_in_one_line_what_is_wrong(tmp_path):
     good = file_of(tmp_path, "", *({"prompt": f"{question} {i}", "chosen": "yes", "rejected": "no"} for i in range(3)))
     found = run_here(["chat.py", "--data", str(good), "--vocab_size", "260"])
     assert found.returncode == 0 and "packed = alone: True" in found.stdout and "3 preferences" in found.stdout
+    word = file_of(tmp_path, {"prompt": "chosen", "response": "yes"}, {"prompt": "b", "response": "no"})  # a value, no key
+    assert "2 conversations" in run_here(["chat.py", "--data", str(word)]).stdout
+    good = file_of(tmp_path, "", *({"prompt": f"{question} {i}", "chosen": "yes", "rejected": "no"} for i in range(3)))
     short = run_here(["chat.py", "--data", str(good), "--vocab_size", "260", "--context", "64"])
     assert short.returncode == 2 and "line 2: the prompt of" in short.stderr and "fills the context of 64" in short.stderr
-    for flags, message in ((["--data", str(file_of(tmp_path, "{"))], "line 1: not JSON"), (["--vocab_size", "3"], "at least 257"),
-                           (["--context", "63"], "at least 64")):
+    for flags, message in ((["--data", str(file_of(tmp_path, "{"))], "line 1: not JSON"), (["--vocab_size", "3"], "in 257 .. 2^20"),
+                           (["--context", "63"], "--context in 64 .. 2^20")):
         found = run_here(["chat.py", *flags])
         assert found.returncode == 2 and message in found.stderr and found.stderr.count("\n") == 1

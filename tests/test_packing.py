@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import data
 import packing
+import recompute
 from gpt import GPT, GPTConfig, attention, naive_attention
 from llama import Llama, LlamaConfig
 from packing import (IGNORED, PackedContexts, PackedRows, ShardError, ShardWriter, block_diagonal_mask,
@@ -323,7 +324,7 @@ def test_packed_losses_and_gradients_match_documents_alone(way, name):
 
 @pytest.mark.parametrize("make", [gpt, llama])
 def test_no_token_of_one_document_changes_another(make):
-    ids = torch.tensor([[0] * 3 + [1] * 1 + [2] * 6, [0] * 7 + [-1] * 3])
+    ids = torch.tensor([[0] * 3 + [1] * 1 + [0] * 6, [0] * 7 + [-1] * 3])  # 0 again: another document
     tokens, model = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0)), make().eval()
     with torch.no_grad():
         before = model(tokens, PackedRows(ids))
@@ -332,8 +333,21 @@ def test_no_token_of_one_document_changes_another(make):
             other[b, t] = (other[b, t] + 1) % 13
             changed = (model(other, PackedRows(ids)) != before).any(-1)  # (2, 10)
             allowed = torch.zeros_like(changed)
-            allowed[b] = (ids[b] == ids[b, t]) & (torch.arange(10) >= t)
+            end = {0: 3 if t < 3 else 4 if t < 4 else 10, 1: 7 if t < 7 else 10}[b]
+            allowed[b, t:end] = True
             assert changed[b, t] and not (changed & ~allowed).any()
+
+
+def test_rows_may_be_used_anew_before_the_backward_of_an_earlier_call():
+    """With blocks that are computed again in backward: each call's mask is its own."""
+    ids, tokens = torch.tensor([[0, 0, 1, 1, 1, 2]]), torch.arange(6)[None]
+    gradients = []
+    for what in ("none", "block"):
+        model, rows = recompute.recompute(llama(), what), PackedRows(ids)
+        first = model(tokens, rows).square().sum()
+        (first + model(tokens[:, :4], rows).square().sum()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
 
 
 def test_positions_begin_anew_with_each_document():
@@ -352,8 +366,9 @@ def test_mask_is_block_diagonal_and_causal():
 def test_packed_rows_refuse_other_shapes(make):
     rows, model = PackedRows(torch.zeros(1, 8, dtype=torch.long)), make()
     assert model(torch.zeros(1, 8, dtype=torch.long), rows).shape == (1, 8, 13)
-    with pytest.raises(ValueError, match="document_ids of 1 rows do not fit a batch of 2"):
-        model(torch.zeros(2, 8, dtype=torch.long), rows)
+    for tokens, ids in ((2, 1), (1, 2), (2, 3)):
+        with pytest.raises(ValueError, match=f"{tokens} rows of tokens have positions or document_ids for {ids}"):
+            model(torch.zeros(tokens, 8, dtype=torch.long), PackedRows(torch.zeros(ids, 8, dtype=torch.long)))
     with pytest.raises(ValueError, match="rows of 9 tokens have document_ids for 8"):
         model(torch.zeros(1, 9, dtype=torch.long), rows)
     with pytest.raises(ValueError, match=r"must be \(B, T\), got shape \(8,\)"):
@@ -368,6 +383,9 @@ def test_contexts_refuse_plans_that_do_not_fit():
         PackedContexts(documents, plan[:, :3], 8, 0)
     with pytest.raises(ValueError, match="1 documents"):
         PackedContexts([], plan, 8, 0)
+    for bad in ([[1, 0, 0, 2], [0, 0, 2, 3]], [[0, -1, 0, 4]]):
+        with pytest.raises(ValueError, match="a plan's numbers must be >= 0, its contexts in order"):
+            PackedContexts(documents, np.array(bad), 8, 0)
     for start, count in ((-1, 1), (0, 0)):
         with pytest.raises(ValueError, match="start >= 0 and count >= 1"):
             PackedContexts(documents, plan, 8, 0).batch(start, count)
@@ -387,7 +405,7 @@ def test_flags_change_what_is_written(tmp_path, monkeypatch, capsys):
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"text number {i} " * (i + 1))
     out = tmp_path / "out"
-    for flags, message in ((("--context", 0), "--context must be"), (("--seed", -1), "--seed in"),
+    for flags, message in ((("--context", 0), "--context must be"), (("--context", 10**10), "--context must be"), (("--seed", -1), "--seed in"),
                            (("--held_out", 1), "held_out must be"), (("--held_out", 1e-12), "0 held out")):
         status, printed, error = run(*flags, "--out", out)
         assert (status, printed, out.exists()) == (2, "", False) and re.fullmatch(rf"packing\.py: .*{message}.*\n", error)
