@@ -60,12 +60,12 @@ class AlignConfig:
                                              "[best, ..., worst]}; derived: the fine-tuned model's answers, as a "
                                              "labeller's rule prefers")
     held_out: float = _setting(0.15, "share of the questions kept for evaluation", 0.001)
-    new_tokens: int = _setting(24, "longest answer", 1)
+    max_new_tokens: int = _setting(24, "longest answer", 1)
     max_gradient: float = _setting(1.0, "largest norm of a gradient; 0 turns clipping off", 0)
     sft_epochs: int = _setting(4, "passes over the instructions", 1)
     sft_batch: int = _setting(32, "conversations per step", 1)
     sft_lr: float = _setting(1e-3, "peak learning rate", 0)
-    pairs: int = _setting(4000, "questions to which two answers are compared", 2)
+    pairs: int = _setting(4000, "questions whose two answers are compared", 2)
     reward_epochs: int = _setting(2, "passes over the pairs", 1)
     reward_batch: int = _setting(32, "pairs per step", 1)
     reward_lr: float = _setting(1e-3, "peak learning rate", 0)
@@ -92,9 +92,9 @@ class AlignConfig:
                                           "divided (Dr. GRPO); rloo: less the mean of the others",
                                    choices=("std", "mean", "rloo"))
     grpo_length: str = _setting("sequence", "an answer's sum is divided by its own length (GRPO); constant: by "
-                                            "--new_tokens (Dr. GRPO)", choices=("sequence", "constant"))
+                                            "--max_new_tokens (Dr. GRPO)", choices=("sequence", "constant"))
     evaluation_prompts: int = _setting(1000, "held-out questions answered at the end, at most", 1)
-    seed: int = _setting(0, "of the order of examples and of answers", 0)
+    seed: int = _setting(0, "of the order of examples and of answers", 0, 2**32 - 1)
     device: str | None = _setting(None, "cpu, cuda or mps; derived: the best that is here")
     tp: int = _setting(1, "tensor-parallel processes: they share every matrix of every model", 1)
     zero: int = _setting(0, "ZeRO: divide optimizer states (1), gradients (2), weights (3) of what is trained over the "
@@ -107,12 +107,13 @@ class AlignConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, least, most = getattr(self, field.name), field.metadata["least"], field.metadata["most"]
-            bounded = None not in (value, least)
-            if isinstance(value, float) and not math.isfinite(value) or bounded and not least <= value <= most:
-                raise AlignmentError(f"--{field.name} must be a number of at least {least}"
-                                     + (f" and at most {most}" if most < math.inf else "") + f", got {value}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise AlignmentError(f"--{field.name} must be finite, got {value}")
+            if None not in (value, least) and not least <= value <= most:
+                limits = f"in {least} .. {most}" if most < math.inf else f"at least {least}"
+                raise AlignmentError(f"--{field.name} must be {limits}, got {value}")
             if (choices := field.metadata["choices"]) and value not in choices:
-                raise AlignmentError(f"--{field.name} is one of {', '.join(choices)}, got {value}")
+                raise AlignmentError(f"--{field.name} must be one of {', '.join(choices)}, got {value}")
         if self.dpo_label_smoothing and self.dpo_kind == "ipo":
             raise AlignmentError("--dpo_label_smoothing is not for --dpo_kind=ipo, whose loss knows no probabilities")
         unknown = set(self.chosen()) - set(STAGES)
@@ -180,6 +181,7 @@ def compare_answers(config: AlignConfig, team, questions: Questions, sft: str | 
         aside = {conversation.where for conversation in aside}
         return [p for p in pairs if p.where not in aside], [p for p in pairs if p.where in aside]
     path, world = Path(sft) / "preferences.jsonl", team.world
+    held_out = {c.messages[0]["content"] for c in questions.held_out}
     if world.first(lambda: not path.exists()):
         model, encoding = stages.read_policy(team, sft)
         asked, lines, began = [], [], time.perf_counter()
@@ -190,7 +192,6 @@ def compare_answers(config: AlignConfig, team, questions: Questions, sft: str | 
         for which in (0, 1):
             _, texts = stages.sample_answers(model, encoding, conversations, config, team, (1, which))
             both.append([text for part in team.gather(texts) for text in part])
-        held_out = {c.messages[0]["content"] for c in questions.held_out}
         for question, *answers in zip(asked, *both):
             which = questions.labeller.prefers(question, *answers) if all(answers) else 0
             if which:
@@ -202,11 +203,12 @@ def compare_answers(config: AlignConfig, team, questions: Questions, sft: str | 
         text = "".join(json.dumps(line) + "\n" for line in lines)
         world.agree(lambda: _write_whole(path, text), here=world.rank == 0)
     else:
-        world.say(f"answers compared before are used: {path}")
-    aside = [json.loads(line)["held_out"] for line in path.read_text().splitlines()]
+        world.say(f"answers compared before are used: {path}; delete it to have others")
+    # by the split of this run, which may be another than that of the run that made the pairs
+    aside = [json.loads(line)["prompt"] in held_out for line in path.read_text().splitlines()]
     if len(set(aside)) < 2:
-        raise AlignmentError(f"{path}: of the {len(aside)} pairs none is left to learn from or none to judge by: more "
-                             "--pairs, or a model that answers better (more --sft_epochs)")
+        raise AlignmentError(f"{path}: of the {len(aside)} pairs none is left to learn from or none to judge by: "
+                             "delete it and give more --pairs, or train a better model (more --sft_epochs)")
     pairs = chat.read_preferences(path)
     return [p for p, out in zip(pairs, aside) if not out], [p for p, out in zip(pairs, aside) if out]
 
@@ -269,7 +271,7 @@ def decode_greedily(model: nn.Module, encoding, prompts: Sequence[list], config:
     import chat
     import rollout
     tokens = [chat.render_prompt(encoding, messages) for messages in prompts]
-    found = rollout.generate_rollout(model, tokens, config.new_tokens, temperature=0,
+    found = rollout.generate_rollout(model, tokens, config.max_new_tokens, temperature=0,
                                      whole_logits=team.whole_logits(model),
                                      stop_tokens=[encoding.encode_single_token(chat.END)])
     return [" ".join(chat.answer_text(encoding, response).split()) for response in found.responses()]
@@ -361,7 +363,7 @@ def run_stages(config: AlignConfig, world, chosen: Sequence[str] | None = None) 
     best = [stage for stage in chosen if stage != "reward"]
     if best:
         talker = config.folder("ppo" if "ppo" in best else best[-1])
-        world.say(f"python decode.py --checkpoint {talker} --chat    talks")
+        world.say(f"to talk to it: python decode.py --checkpoint {talker} --chat")
     world.say(f"aligned in {time.perf_counter() - began:.0f} s; " + ("; ".join(verdict) or f"saved in {config.out}"))
     return table
 
@@ -370,8 +372,8 @@ def _refuse(config: AlignConfig, chosen: list[str], init: str, judge: str) -> No
     if config.instructions is not None and config.preferences is None and chosen != ["sft"]:
         raise AlignmentError("--instructions has no labeller: give --preferences too, for reward, ppo, dpo and grpo")
     if config.reward_model is not None and "reward" in chosen:
-        raise AlignmentError(f"--reward_model={config.reward_model} is none if the stage reward trains one: leave out "
-                             "one of them")
+        raise AlignmentError(f"--reward_model={config.reward_model} is not used, as the stage reward trains one: leave "
+                             "out one of them")
     start = Path(init).resolve()
     for stage in chosen:
         if config.folder(stage).resolve() in (start, *start.parents):
@@ -405,15 +407,23 @@ def _parse(arguments: list[str]) -> AlignConfig:
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 2 the user has to mend something, 130 Ctrl-C."""
-    import processes
-    import run_folder
+    def refused(why: str) -> int:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"alignment.py: {why.splitlines()[0]}", file=sys.stderr, flush=True)
+        return 2
+
+    try:
+        import processes
+        import run_folder
+    except ImportError as error:
+        return refused(f"{error}: copy that file beside this one")
     try:
         config = _parse(arguments)
         run_stages(config, processes.join(config.device, config.timeout))
     except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"alignment.py: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        return 2
+        return refused(str(error))
+    except ImportError as error:
+        return refused(f"{error}: copy that file beside this one")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:

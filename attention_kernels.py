@@ -13,8 +13,9 @@ Formula   s = scale q k^T;   lse_i = log sum_j e^(s_ij);   out_i = sum_j e^(s_ij
 Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), Hkv | H -> out (B, H, T, Dh), lse (B, H, T). The queries are
           the LAST T of the S positions.
 Omits     windows, documents, biases, dropout and the gradient of lse, which flash_attn.py's tiles have.
-Run       python attention_kernels.py                   every kernel here beside the formula, a second
+Run       python attention_kernels.py                   every kernel that works here beside the formula, a second
           python attention_kernels.py --dtype bfloat16    the same in another type; --device cuda on a GPU
+          Ends with "max |kernel - formula| of ... kernels ..."
 Test      pytest tests/test_attention_kernels.py
 """
 
@@ -99,7 +100,7 @@ def _flash_backward(grad_out, q, k, v, out, lse, rest, causal, scale):
 def _cudnn_forward(q, k, v, causal, scale):
     out, lse, *rest, _ = _aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return out, lse.flatten(2), (lse.shape, *rest)  # (B, H, T, 1)
+    return out, lse.flatten(2), (lse.shape, *rest)  # its lse is (B, H, T, 1)
 
 
 def _cudnn_backward(grad_out, q, k, v, out, lse, rest, causal, scale):
@@ -271,55 +272,56 @@ def fastest(device: torch.device, dtype: torch.dtype, B: int, H: int, Hkv: int, 
 
 # --- 5. demo --------------------------------------------------------------------------------
 
-def main(length: int, head_width: int, dtype: str, device: str) -> None:
-    if min(length, head_width) < 1:
-        raise ValueError(f"--length and --head_width must be at least 1, got {length}, {head_width}")
+def main(length: int, d_head: int, dtype: str, device: str) -> None:
+    if min(length, d_head) < 1:
+        raise ValueError(f"--length and --d_head must be at least 1, got {length} and {d_head}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device; leave it out to run on the CPU")
+        raise ValueError("--device cuda: torch finds no CUDA device: leave it out to run on the CPU")
     place, kind = torch.device(device), getattr(torch, dtype)
     bound = {torch.float64: 1e-12, torch.float32: 1e-4}.get(kind, 0.05)
-    print(f"largest error of out, lse, dq, dk, dv against the formula in {dtype} on {device}, Dh = {head_width}, "
+    print(f"largest error of out, lse, dq, dk, dv against the formula in {dtype} on {device}, Dh = {d_head}, "
           f"2 query heads per key head,\nfor (T, S) = square, new queries behind cached keys, one new query; "
           "and milliseconds of a square forward")
     largest = 0.0
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 4, length, head_width, generator=generator).to(place, kind) for _ in range(3))
+    q, k, v = (torch.randn(1, 4, length, d_head, generator=generator).to(place, kind) for _ in range(3))
     used = []
     for name in KERNELS:
-        reason = why_not(name, place, kind, head_width, 2)
+        reason = why_not(name, place, kind, d_head, 2)
         if reason:
             print(f"  {name:10} not here: {reason.splitlines()[0][:90]}")
             continue
         sizes = (length, length), (max(1, length // 3), length), (1, length)
-        errors = [largest_error(name, place, kind, head_width, 2, True, T, S) for T, S in sizes]
+        errors = [largest_error(name, place, kind, d_head, 2, True, T, S) for T, S in sizes]
         times = []
         for _ in range(4):
-            start = time.perf_counter()
+            began = time.perf_counter()
             kernel_forward(name, q, k, v)
             if device == "cuda":
                 torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (time.perf_counter() - began))
         print(f"  {name:10} " + "  ".join(f"{error:.1e}" for error in errors) + f"  {min(times):9.3f} ms")
         used.append(name)
         largest = max(largest, *errors)
     if not used:
-        raise ValueError(f"none of torch's kernels works here in {dtype} with --head_width {head_width}")
-    print(f"max |kernel - formula| of {len(used)} kernels ({', '.join(used)}) = {largest:.1e} of the largest "
-          f"({'OK' if largest < bound else 'WRONG'}, below {bound:.0e})")
+        raise ValueError(f"no kernel works here with --dtype {dtype} and --d_head {d_head}: choose others")
+    print(f"max |kernel - formula| of {len(used)} kernels ({', '.join(used)}) = {largest:.1e} of the largest: "
+          f"{'OK, below' if largest < bound else 'WRONG, expected below'} {bound:.0e}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--length", type=int, default=512, help="S; T is S, a third of it, and 1 (default 512)")
-    parser.add_argument("--head_width", type=int, default=64, help="Dh (default 64)")
+    parser.add_argument("--length", type=int, default=512,
+                        help="S; T is S, a third of it, and 1 (default %(default)s)")
+    parser.add_argument("--d_head", type=int, default=64, help="Dh, width of a head (default %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"],
-                        help="default float32")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
+                        help="of q, k and v (default %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        parser.exit(130, "\n")
-    except (ValueError, RuntimeError) as error:
+        parser.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0][:200])

@@ -28,7 +28,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 # --- 1. room in the vocabulary and in the model ---------------------------------------------
 
 def extend(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
-    """The same encoding with SPECIAL_TOKENS behind its last id; those that it has already keep theirs."""
+    """The same encoding with SPECIAL_TOKENS after its last id; those that it has already keep theirs."""
     special = dict(encoding._special_tokens)
     for token in SPECIAL_TOKENS:
         special.setdefault(token, max([encoding.max_token_value, *special.values()]) + 1)
@@ -63,8 +62,8 @@ def extend(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
 def resize_vocabulary(model: nn.Module, vocab_size: int, generator: torch.Generator | None = None) -> None:
     """Give a model rows for ``vocab_size`` ids, in place; logits of the ids that it has stay as they are.
 
-    A new row is the mean of the old ones and a hundredth of their spread: at random it would have logits like no
-    other's, and one that is too large takes probability from every other (Hewitt 2021). A model that has rows
+    A new row is the mean of the old ones, with noise of a hundredth of their spread: at random it would have logits
+    like no other's, and one that is too large takes probability from every other (Hewitt 2021). A model that has rows
     enough (vocabularies padded to a round size) is left alone.
     """
     old = model.config.vocab_size
@@ -84,7 +83,7 @@ def resize_vocabulary(model: nn.Module, vocab_size: int, generator: torch.Genera
 # --- 2. the template ------------------------------------------------------------------------
 
 def render(encoding: tiktoken.Encoding, messages: Sequence[Message]) -> tuple[list[int], list[float]]:
-    """A conversation's tokens, and a mask that is 1 on the assistant's words and the <|end|> behind them.
+    """A conversation's tokens, and a mask that is 1 on the assistant's words and the <|end|> after them.
 
     ``encoding`` is one of ``extend``. What a message spells out, "<|end|>" too, stays text: nobody can end a turn
     but the template. Raises ValueError for a role that is none of ROLES.
@@ -100,7 +99,7 @@ def render(encoding: tiktoken.Encoding, messages: Sequence[Message]) -> tuple[li
 
 
 def render_prompt(encoding: tiktoken.Encoding, messages: Sequence[Message]) -> list[int]:
-    """The tokens of a conversation, and the <|assistant|> behind which the model goes on."""
+    """The tokens of a conversation, and the <|assistant|> after which the model goes on."""
     return render(encoding, messages)[0] + [encoding.encode_single_token("<|assistant|>")]
 
 
@@ -150,7 +149,7 @@ Example = tuple[list[int], list[float]]  # tokens, mask: as ``render``
 
 
 def fit_example(encoding: tiktoken.Encoding, messages: Sequence[Message], context: int, where: str) -> Example:
-    """``render``, cut behind ``context`` tokens. ValueError if then no token of an answer is left to learn."""
+    """``render``, cut after ``context`` tokens. ValueError if then no token of an answer is left to learn."""
     tokens, mask = render(encoding, messages)
     if not any(mask[:context]):
         raise ValueError(f"{where}: the prompt of {mask.index(1.0)} tokens fills the context of {context}: "
@@ -169,8 +168,8 @@ def fit_pair(encoding: tiktoken.Encoding, pair: Preference, context: int) -> tup
             raise ValueError(f"{pair.where}: the prompt of {len(prompt)} tokens fills the context of {context}: "
                              "shorten it, or train a model with a larger --context")
         if any(tokens == other for other, _ in found):
-            raise ValueError(f"{pair.where}: two answers begin with the same tokens and end behind the context of "
-                             f"{context}: shorten them, or leave the line out")
+            raise ValueError(f"{pair.where}: two answers begin with the same tokens and differ only after the "
+                             f"context of {context}: shorten them, or leave the line out")
         found.append((tokens, [0.0] * len(prompt) + [1.0] * (len(tokens) - len(prompt))))
     return tuple(found)
 
@@ -181,8 +180,8 @@ def pack_examples(examples: Sequence[Example], context: int,
     ``examples`` that each token is of, -1 where a row is empty; (R, T) each. ``model(tokens, packing.PackedRows(ids))``
     keeps them apart. ValueError if there are none, or one is empty or longer than the context.
 
-    Widths T from the longest example to four times that, and the context, are tried: attention costs R T^2, the rest
-    R T, so the narrowest is taken that has within 3 % of the fewest places.
+    Widths T from the longest example to four times that, at most the context, are tried: attention costs R T^2, the
+    rest R T, so the narrowest is taken that has within 3 % of the fewest places.
     """
     from packing import pack_best_fit
     if not examples or any(not tokens or len(tokens) != len(mask) for tokens, mask in examples):
@@ -231,7 +230,7 @@ def read_conversations(path: str | os.PathLike) -> list[Conversation]:
     other keys are passed over.
 
     Raises ValueError, with the line number: not such JSON; an empty prompt or answer; turns that do not alternate
-    between user and assistant (behind at most one system message), or end without the assistant's.
+    between user and assistant (after at most one system message), or end without the assistant's.
     """
     def read(line: dict, where: str) -> Conversation:
         if "messages" in line:
@@ -403,17 +402,20 @@ def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="a file of JSON lines (default: Python's documentation)")
-    parser.add_argument("--context", type=int, default=128, help="tokens that a conversation may have (default 128)")
-    parser.add_argument("--vocab_size", type=int, default=1024, help="of the tokenizer to train (default 1024)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default 0)")
+    parser.add_argument("--context", type=int, default=128,
+                        help="tokens that a conversation may have (default %(default)s)")
+    parser.add_argument("--vocab_size", type=int, default=1024,
+                        help="of the tokenizer to train (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"chat.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

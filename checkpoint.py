@@ -6,6 +6,9 @@ Idea      A checkpoint is a directory. It is written under a temporary name, for
           file is what a reader trusts, so a truncated file or one flipped bit is refused by name.
           Every process writes what it holds of each tensor, and reads what it needs (pieces.py): any other number of
           processes, cut in any other way, can go on from it. Reading a foreign checkpoint runs no code.
+Formula   whole = manifest.json is there, and each file has the length and the SHA-256 that it says
+          bytes = 12 a parameter with AdamW in fp32 (weight, mean and mean square of its gradient), keep + 1 times
+          while one is written
 Shapes    out/step-00000200/ __0_0.distcp ... boxes of tensors, a file from each process
                              .metadata        tensor name -> shape, and where its boxes are
                              meta.json        step, configs, whatever the run wants to know of itself
@@ -15,6 +18,7 @@ Shapes    out/step-00000200/ __0_0.distcp ... boxes of tensors, a file from each
 Omits     file systems that the processes do not share; compression.
 Run       python checkpoint.py                                 kills a saving process 10 times, loads what is left
           python checkpoint.py --export out/pretrain --to hf   a Hugging Face directory, whatever layout saved it
+          Ends with "whole after a kill: 10 of 10 ...", or "saved: ..."
 Test      pytest tests/test_checkpoint.py
 """
 
@@ -30,7 +34,6 @@ import pickle
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import ChainMap
@@ -68,7 +71,7 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
         ValueError, TypeError: for a negative step, if ``keep`` is less than one, for what is no tensor or not for json.
     """
     if step < 0 or keep is not None and keep < 1:
-        raise ValueError(f"a checkpoint needs step >= 0 and keep >= 1 or None, got {step} and {keep}")
+        raise ValueError(f"step must be at least 0 and keep at least 1 or None, got {step} and {keep}")
     from pieces import flatten, write_pieces
 
     boxes, text = flatten(tensors), json.dumps({"step": step} | meta, indent=2) + "\n"
@@ -113,7 +116,7 @@ def save(directory: str | os.PathLike, step: int, tensors: dict[str, dict], meta
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         stays = f"{kept[-1]} stays as it was" if (kept := _steps(directory)) else "there was none before it"
-        raise CheckpointError(f"could not save {target} ({_first_line(error)}); {stays}; "
+        raise CheckpointError(f"could not save {target} ({_first_line(error)}); {stays}: "
                               "see that it has room and may be written to, then go on from there") from error
     return target
 
@@ -175,7 +178,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _steps(directory: Path) -> list[Path]:
-    """Oldest first; of one step the superseded one before the one that took its place."""
+    """The checkpoints, oldest first; of one step the superseded one before the one that took its place."""
     ours = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+(\.old)?", path.name)]
     return sorted(ours, key=lambda path: (int(path.stem.removeprefix("step-")), path.suffix != ".old"))
 
@@ -212,7 +215,7 @@ def latest(directory: str | os.PathLike) -> Path:
         return directory
     if not _steps(directory):
         what = "holds no checkpoint (step-*)" if directory.is_dir() else "is not a directory"
-        raise CheckpointError(f"{directory} {what}; give the directory that a run was told to write to")
+        raise CheckpointError(f"{directory} {what}: give the directory that a run was told to write to")
     return _steps(directory)[-1]
 
 
@@ -345,7 +348,7 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer | None, check
     names = [] if optimizer is None else list(_names(model, optimizer).values())
     for part in ("model",) if optimizer is None else ("model", "optimizer"):
         if part not in checkpoint:
-            raise CheckpointError(f"this checkpoint was loaded without its part {part!r}")
+            raise CheckpointError(f"this checkpoint was loaded without its part {part!r}: name it in load's parts")
     theirs, states = checkpoint["model"], checkpoint.get("optimizer", {})
     _refuse_another_model({name: tuple(p.shape) for name, p in parameters.items()},
                           {name: tuple(tensor.shape) for name, tensor in theirs.items()}
@@ -375,8 +378,7 @@ def export(directory: str | os.PathLike, to: str | os.PathLike) -> None:
     model.save_pretrained(to, eot=tokenizer.eot(encoding))
     tokenizer.save(encoding, Path(to) / "tokenizer.tiktoken")
     tokenizer.save_hugging_face(encoding, to)
-    print(f"{path}, step {saved['meta']['step']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"written to {to}")
+    print(f"saved: {to}, {sum(p.numel() for p in model.parameters()):,} parameters of {path}")
 
 
 # --- 4. demo --------------------------------------------------------------------------------
@@ -395,8 +397,8 @@ def _save_for_ever(directory: str, started: Connection) -> None:
 
 
 def main(kills: int, seed: int) -> None:
-    if kills < 1 or not 0 <= seed < 2**63:
-        raise ValueError(f"--kills must be at least 1 and --seed in 0 .. 2^63 - 1, got {kills} and {seed}")
+    if kills < 1 or not 0 <= seed < 2**32:
+        raise ValueError(f"--kills must be at least 1 and --seed in 0 .. 2^32 - 1, got {kills} and {seed}")
     generator, whole = torch.Generator().manual_seed(seed), 0
     # A server that has imported torch starts each process in a moment; Windows has none.
     processes = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
@@ -424,18 +426,19 @@ def main(kills: int, seed: int) -> None:
         file.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:])
         try:
             load(path)
-            print("one bit flipped, and nobody noticed: WRONG")
+            print("one bit flipped, and nobody noticed: WRONG, expected a refusal")
         except CheckpointError as error:
             print(f"one bit flipped: {error}")
     print(f"whole after a kill: {whole} of {kills} (expected {kills} of {kills})")
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="times to kill the saving process (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill it at (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--kills", type=int, default=10,
+                        help="times to kill the saving process (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill it at (default %(default)s)")
     parser.add_argument("--export", metavar="DIR", help="write the model of the newest checkpoint here ...")
     parser.add_argument("--to", metavar="DIR", help="... as a Hugging Face directory here")
     arguments = parser.parse_args()
@@ -446,7 +449,9 @@ if __name__ == "__main__":
             export(arguments.export, arguments.to)
         else:
             main(arguments.kills, arguments.seed)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"checkpoint.py: {error}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -3,7 +3,7 @@
 Idea      Data parallelism sums gradients once a step, whatever the batch; tensor parallelism sums activations twice a
           layer and direction, whatever the weights; a pipeline sends activations to one neighbour; context parallelism
           sends keys and values round a ring. Which is cheap follows from the sizes, and from which link is fast.
-Formula   bytes that one rank sends, for n bytes of result on P ranks in a ring:
+Formula   bytes that one rank sends, for a whole tensor of n bytes on P ranks in a ring:
           all-reduce 2 (P-1)/P n,   all-gather and reduce-scatter (P-1)/P n,   send n
           a step of a GPT with N parameters, L layers, x = B T D activations, times the bytes of a number:
           data       2 (P-1)/P N                       summed gradients
@@ -13,9 +13,9 @@ Formula   bytes that one rank sends, for n bytes of result on P ranks in a ring:
           pipeline   x each way between two stages      whatever the number of layers
           context    (P-1) 2 x/P forward a layer, and (2P-1) 2 x/P backward         keys and values, and their gradients
 Shapes    no tensors here
-Omits     what a library's tree or hierarchical algorithms send; headers; the few numbers of a loss or a norm.
+Omits     what a library's tree or hierarchical algorithms send; headers; the few numbers of targets, a loss or a norm.
 Run       python parallel.py --communication      the table for a small GPT on 2 ranks; ends with "max |counted / ..."
-          python communication.py --ranks 4
+          python communication.py --ranks 4         the same on 4
 Test      pytest tests/test_communication.py
 """
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,9 +48,9 @@ class Sizes:
 
 
 def bytes_sent(strategy: str, P: int, s: Sizes) -> float:
-    """Bytes that the ranks of a group of P send in a step, per rank (for a pipeline: per pair of neighbours).
+    """Bytes that each rank of a group of P sends in a step (of a pipeline: each pair of neighbours).
 
-    Raises ValueError for another strategy than data, tensor, sequence, pipeline, context.
+    Raises ValueError for a strategy other than data, tensor, sequence, pipeline or context.
     """
     x = s.B * s.T * s.D
     ring = 2 * (P - 1) / P
@@ -171,25 +170,27 @@ def _demo(rank: int, P: int, seed: int, rendezvous: str) -> None:
 def table(ranks: int = 2, seed: int = 0) -> None:
     """Print the table, from a step of each strategy on so many processes.
 
-    Raises ValueError for a number of ranks that 4 heads and 8 sequences cannot share.
+    Raises ValueError for a number of ranks that 4 heads and 8 sequences cannot share, or a seed of more than 32 bits.
     """
-    if ranks not in (1, 2, 4) or not 0 <= seed < 2**62:
-        raise ValueError(f"4 heads can be shared by 1, 2 or 4 ranks, got {ranks}; and --seed is in 0 .. 2^62 - 1, "
-                         f"got {seed}")
+    if ranks not in (1, 2, 4) or not 0 <= seed < 2**32:
+        raise ValueError("--ranks must be 1, 2 or 4, for the model has 4 heads, and --seed in 0 .. 2^32 - 1, "
+                         f"got {ranks} and {seed}")
     from processes import start_ranks
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
         start_ranks(_demo, (ranks, seed, (Path(folder) / "ranks").as_uri()), ranks)
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start: 1, 2 or 4 (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start: 1, 2 or 4 (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default %(default)s)")
     try:
         table(**vars(parser.parse_args()))
-    except ValueError as error:
-        parser.exit(2, f"communication.py: {error}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -3,7 +3,7 @@
 Idea      One flat dataclass is the only home of defaults. Its fields are the flags of train.py; a preset is a few
           fields with other values; a field that is None is derived from the others, and the formula is printed.
           A run is described by this and by its text alone, so a checkpoint carries it along.
-Formula   batch_tokens = dp * accumulation * micro_batch * context
+Formula   batch_tokens = dp * ep * accumulation * micro_batch * context
           The left side is what is learned and is stated; the right side is who does it and is derived. A number of
           processes that does not divide the batch is refused: it would quietly train something else.
 Shapes    no tensors here
@@ -56,7 +56,7 @@ class TrainConfig:
     d_model: int = setting(128, "width of the residual stream", least=1)
     d_ff: int | None = setting(None, "hidden width of the feed-forward layers; derived: 4 d_model, llama: 8/3", least=1)
     n_experts: int = setting(8, "experts of a moe layer", least=1)
-    experts_per_token: int = setting(2, "of them, those that a token visits", least=1)
+    experts_per_token: int = setting(2, "experts that a token visits", least=1)
     dropout: float = setting(0.0, "dropout on embeddings and residual branches", least=0, below=1)
     # learning
     steps: int = setting(500, "optimizer steps", least=1, below=10**10)
@@ -70,19 +70,20 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "AdamW's decay, on matrices only", least=0)
     beta1: float = setting(0.9, "AdamW's decay rate of the mean gradient", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay rate of the mean squared gradient", least=0, below=1)
-    clip: float = setting(1.0, "largest norm of the gradient; 0 turns clipping off", least=0)
+    max_gradient: float = setting(1.0, "largest norm of a gradient; 0 turns clipping off", least=0)
+    # 32 bits, as NumPy's frozen stream of the order of the data takes
     seed: int = setting(0, "of initial weights, order of the data, dropout and samples", least=0, below=2**32)
     # the machine
     device: str | None = setting(None, "cpu, cuda or mps; derived: the best that is here")
     precision: str | None = setting(None, "of forward and backward (fp16 scales the loss); derived: bf16 where "
                                           "the hardware multiplies it", ("fp32", "bf16", "fp16"))
-    dp: int | None = setting(None, "data-parallel processes; derived: processes / (tp pp cp ep)", least=1)
+    dp: int | None = setting(None, "data-parallel processes; derived: processes / (tp * pp * cp * ep)", least=1)
     tp: int = setting(1, "tensor-parallel processes: they share every matrix", least=1)
     pp: int = setting(1, "pipeline stages: each has some of the blocks", least=1)
     cp: int = setting(1, "context-parallel processes: each has a part of every sequence", least=1)
     ep: int = setting(1, "expert-parallel processes: each has some of a moe's experts", least=1)
     zero: int = setting(0, "ZeRO: divide optimizer states (1), gradients (2), parameters (3) over dp", (0, 1, 2, 3))
-    offload: bool = setting(False, "ZeRO-Offload: keep those on the CPU, and run the optimizer there")
+    offload: bool = setting(False, "ZeRO-Offload: keep what ZeRO divides on the CPU, and run the optimizer there")
     sequence: bool = setting(False, "with tp: divide norms and residuals over the sequence, too")
     pipeline: str = setting("1f1b", "order of the pipeline's work", ("gpipe", "1f1b", "zb"))
     recompute: str = setting("none", "activations to compute again in backward instead of keeping them: a block's, "
@@ -98,7 +99,7 @@ class TrainConfig:
     eval_every: int | None = setting(None, "steps between validations; derived: steps / 5", least=1)
     eval_tokens: int = setting(65536, "held-out tokens per validation, at most", least=1)
     samples: int = setting(3, "texts to print at the end", least=0)
-    sample_tokens: int = setting(80, "length of each", least=1)
+    sample_tokens: int = setting(80, "length of each sample", least=1)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -165,7 +166,8 @@ def parse(arguments: list[str], description: str) -> tuple[TrainConfig, set[str]
     """
     parser = OneLineParser(description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny_cpu", help="sizes to start from (default tiny_cpu)")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny_cpu",
+                        help="sizes to start from (default %(default)s)")
     for field in dataclasses.fields(TrainConfig):
         text = field.metadata["help"] + (f" (default {field.default})" if field.default is not None else "")
         kind = {"int": whole_number, "float": float, "str": str}.get(_type_name(field))
@@ -181,7 +183,7 @@ def parse(arguments: list[str], description: str) -> tuple[TrainConfig, set[str]
         flags = [option for action in parser._actions for option in action.option_strings]
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, flags, 1)
-        raise ConfigError(f"unknown flag {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        raise ConfigError(f"unknown flag {name}: " + (f"did you mean {near[0]}?" if near else "see --help"))
     flags = {name: value for name, value in vars(known).items() if value is not None and name != "preset"}
     given = PRESETS[known.preset] | flags
     return TrainConfig(**given), set(given)
@@ -218,7 +220,7 @@ def refuse_meaningless(config: TrainConfig, given: set[str]) -> None:
 # --- 3. what follows from the settings ------------------------------------------------------
 
 def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> tuple[TrainConfig, list[str]]:
-    """(config without None, the formulas to print), for so many processes on devices of this kind.
+    """(config without None, the formulas to print), for that many processes on devices of this kind.
 
     Raises:
         ConfigError: for a batch that does not divide, naming the numbers and the nearest that would.
@@ -244,14 +246,14 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
     if c.dp * model_size != processes:
         product = f"--dp={c.dp}" if model_size == 1 else \
             f"dp {c.dp} * tp {c.tp} * pp {c.pp} * cp {c.cp} * ep {c.ep} = {c.dp * model_size}"
-        raise ConfigError(f"{product} needs {c.dp * model_size} processes, there are {processes}; "
+        raise ConfigError(f"{product} needs {c.dp * model_size} processes, there are {processes}: "
                           f"start them by torchrun --nproc_per_node={c.dp * model_size}")
     parts = c.dp * c.ep  # of a batch
     sequences, rest = divmod(c.batch_tokens, c.context)
     if rest or sequences % parts:
         least = c.context * parts
-        raise ConfigError(f"--batch_tokens={c.batch_tokens} is no multiple of context * processes = "
-                          f"{c.context} * {parts}; the nearest is {max(1, round(c.batch_tokens / least)) * least}")
+        raise ConfigError(f"--batch_tokens={c.batch_tokens} is no multiple of context * dp * ep = "
+                          f"{c.context} * {parts}: the nearest is {max(1, round(c.batch_tokens / least)) * least}")
     local = sequences // parts
     most = max(1, 16384 // c.context)  # more tokens a pass make no device busier
     fewest = min(local, 4 * c.pp) if c.pp > 1 else 1  # a pipeline is idle for (pp - 1) / (microbatches + pp - 1)
@@ -260,7 +262,7 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
          + (f" that leaves {fewest} for the pipeline" if c.pp > 1 else ""))
     if local % c.micro_batch:
         raise ConfigError(f"--micro_batch={c.micro_batch} does not divide a process's {local} sequences "
-                          f"(batch_tokens {c.batch_tokens} / context {c.context} / {parts} processes)")
+                          f"(batch_tokens {c.batch_tokens} / context {c.context} / dp * ep {parts})")
     fill("min_lr", c.lr / 10, "lr / 10")
     fill("warmup_steps", c.steps // 20, "steps / 20")
     for name in ("decay_steps", "save_every", "eval_every"):
@@ -268,7 +270,8 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
     if c.recompute != "none" and c.sequence and c.dropout:
         raise ConfigError("--recompute with --sequence would draw other dropout masks the second time: leave one out")
     if c.pp > 1 and c.device == "cpu" and c.precision == "bf16":
-        raise ConfigError("--precision=bf16 on a CPU sums gradients outside of the pipeline's reach: fp32 with --pp")
+        raise ConfigError("--precision=bf16 on a CPU sums gradients outside of the pipeline's reach: take "
+                          "--precision=fp32 with --pp")
     if c.d_model % c.n_heads:
         raise ConfigError(f"--n_heads={c.n_heads} does not divide --d_model={c.d_model}")
     if c.n_kv_heads and c.n_heads % c.n_kv_heads:
@@ -279,7 +282,7 @@ def derive(config: TrainConfig, processes: int, device: str, has_bf16: bool) -> 
         raise ConfigError(f"--min_lr={c.min_lr:g} is above --lr={c.lr:g}")
     if c.warmup_steps + (c.decay_steps if c.schedule == "wsd" else 0) > c.steps:
         raise ConfigError(f"--warmup_steps={c.warmup_steps} and the decay do not fit into --steps={c.steps}")
-    notes.append(f"one step = {c.batch_tokens} tokens = {parts} processes * {local // c.micro_batch} accumulated "
+    notes.append(f"one step = {c.batch_tokens} tokens = {parts} (dp * ep) * {local // c.micro_batch} accumulated "
                  f"* {c.micro_batch} sequences * {c.context} tokens")
     return c, notes
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+
+# --- 1. the text of a run --------------------------------------------------------------------
 
 @dataclass
 class Corpus:
@@ -70,7 +71,7 @@ def prepare(config, world, resumed: Path | None) -> Corpus:
     if len(set(world.gather(corpus.fingerprint))) > 1 or len(set(texts) - {None}) > 1:
         raise ConfigError("the machines read different text: give all of them the same --data and Python")
     if resumed and trained_on != corpus.fingerprint:
-        raise ConfigError(f"{resumed} was trained on other text than {config.data or 'the default corpus'} is now; "
+        raise ConfigError(f"{resumed} was trained on other text than {config.data or 'the default corpus'} is now: "
                           f"give it that text, or another --out")
     world.say(f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} held out, "
               f"vocabulary {corpus.encoding.n_vocab}, {corpus.bytes_per_token:.2f} bytes per token")
@@ -105,7 +106,7 @@ def _pack_corpus(config, folder: Path, resumed: Path | None, world) -> str:
             tokenizer.load(resumed / "tokenizer.tiktoken" if resumed else config.tokenizer)
     except ValueError as error:
         raise ConfigError(str(error) if resumed else
-                          f"--tokenizer={config.tokenizer}: {error}; or --tokenizer=train") from None
+                          f"--tokenizer={config.tokenizer}: {error}: or take --tokenizer=train") from None
     what = "the documentation and docstrings of this Python" if config.data is None else config.data
     world.say(f"reading {what} ...")
     documents = data.default_documents() if config.data is None else list(data.read_documents(config.data))
@@ -134,7 +135,7 @@ def _fingerprint(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-# --- demo -------------------------------------------------------------------------------------------
+# --- 2. demo ---------------------------------------------------------------------------------
 
 def main(data: str | None, vocab_size: int) -> None:
     import tokenizer
@@ -155,19 +156,20 @@ def main(data: str | None, vocab_size: int) -> None:
     _, held_out = split_documents(default_documents() if data is None else list(read_documents(data)), config.held_out)
     end = corpus.encoding.decode([tokenizer.eot(corpus.encoding)])
     same &= text == "".join(document + end for document in held_out).encode()
-    print(f"decoded tokens = held-out text: {same} ({len(text):,} bytes; expected True)")
+    print(f"decoded tokens = held-out text: {same} (expected True; {len(text):,} bytes)")
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"corpus.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -5,7 +5,7 @@ Idea      What a curation removes can only be counted if one knows what there wa
           a menu and a line of boilerplate, and of ten pages one is a copy, one a near-copy, one is no text.
 Formula   P(word of rank i) ~ i^-1.2
 Shapes    a page has about 3 kB; a file is n_pages WARC records, each a gzip member of its own as in Common Crawl
-Omits     HTML (WET files have its text only); meaning
+Omits     HTML (WET files have its text only); meaning.
 Run       python crawl.py --out crawl/      4 files of 100 pages; ends with "... pages in 4 files: True"
 Test      pytest tests/test_curate.py
 """
@@ -20,6 +20,8 @@ BOILERPLATE = ("We use cookies as our privacy policy says here.", "Please enable
                "Write to info@{}.example or call +49 30 1234567 today.", "Share this page with all of your friends.")
 NO_TEXT = ("if (a) {{ b(); }}\n{}", "Lorem ipsum dolor sit amet.\n{}", "Home\nNews\n{}")
 
+
+# --- 1. the pages ----------------------------------------------------------------------------
 
 class Pages:
     """Called, it gives the next page and its kind: "new", "copy", "near" (two words differ from an older page's) or
@@ -79,14 +81,18 @@ def make_crawl(folder: str | os.PathLike, n_files: int, n_pages: int, seed: int 
     return os.path.join(folder, f"*{suffix}"), counts
 
 
-# --- demo -------------------------------------------------------------------------------------
+# --- 2. demo ---------------------------------------------------------------------------------
 
 def main(out: str, files: int, pages: int, seed: int) -> None:
     from data import read_documents
-
     if files < 1 or pages < 1 or not 0 <= seed < 2**32:
-        raise ValueError(f"--files and --pages must be at least 1, --seed in [0, 2^32), got {files}, {pages}, {seed}")
-    pattern, counts = make_crawl(out, files, pages, seed)
+        raise ValueError("--files and --pages must be at least 1 and --seed in 0 .. 2^32 - 1, "
+                         f"got {files}, {pages} and {seed}")
+    try:
+        pattern, counts = make_crawl(out, files, pages, seed)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                         "room on the disk") from None
     print(f"{pattern}: {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}")
     print(f"begins {next(read_documents(pattern))[:150]!r}")
     read = sum(1 for _ in read_documents(pattern))
@@ -97,7 +103,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--out", metavar="FOLDER", default="crawl", help="for the files (default %(default)s/)")
+    parser.add_argument("--out", metavar="DIR", default="crawl", help="for the files (default %(default)s/)")
     parser.add_argument("--files", type=int, default=4, help="how many (default %(default)s)")
     parser.add_argument("--pages", type=int, default=100, help="in each (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the pages (default %(default)s)")
@@ -105,5 +111,7 @@ if __name__ == "__main__":
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -3,7 +3,7 @@
 
 Idea      Passes over files, each file by one rank. What must be compared over the whole crawl (documents, bands of
           their signatures, lines) is compared by hashes, which are cut in buckets by their value: a bucket fits in
-          memory however large the crawl is. Every pass writes its files beside and renames them when whole; a file
+          memory however large the crawl is. Every pass writes its files beside and renames them when whole: a file
           that is there is done. So a kill costs at most the files being written, and the number of ranks, which may
           change in between, decides nothing but the time: who is first is decided by (file, place in the file).
 Passes    clean    file -> rules of C4 and Gopher, masks             -> documents; their hashes, signatures, bands
@@ -14,9 +14,9 @@ Passes    clean    file -> rules of C4 and Gopher, masks             -> document
           write    file -> without repeated lines and spans, held-out text -> out/000000-name.jsonl.gz, one
                    {"text", "source"} a line, which data.py and train.py read; at last out/.report.json
 Shapes    a place is file number * 2^40 + number in the file, in int64 and uint64; hashes are uint64
-Memory    of a document, of a bucket of hashes; 8 bytes for each copy in a file, and on one rank, while near-duplicates
-          are linked, some times 8 for each document of the crawl. Nothing else grows with it
-Omits     mixtures of sources (mixture.py); tokens (packing.py --data 'shards/*.jsonl.gz'); ranks that share no folder
+Also      memory: a document, a bucket of hashes and 8 bytes for each copy in a file; on one rank, while near-duplicates
+          are linked, some times 8 bytes for each document of the crawl. Nothing else grows with the crawl.
+Omits     mixtures of sources (mixture.py); tokens (packing.py --data 'shards/*.jsonl.gz'); ranks that share no folder.
 Run       python curate.py                                           made up; ends with "same shards after a kill: True"
           python data.py 'crawl/*.warc.wet.gz' --out shards/         your crawl; ends with "... kept of ..."
 Test      pytest tests/test_curate.py
@@ -70,7 +70,7 @@ def whole_file(path: Path) -> Iterator[io.BufferedWriter]:
         os.replace(beside, path)
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}: check the folder, its permissions and "
-                         "the room on the disk; the same command then goes on from there") from None
+                         "the room on the disk, then repeat the command, which goes on from there") from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
@@ -282,7 +282,7 @@ class Curation:
         return np.concatenate([self.dedup.hashes_between(path, low, high) for path in paths], 1)
 
     def copies(self, source: str, target: str, b: int) -> None:
-        """Of bucket b: the places of what is elsewhere before."""
+        """Of bucket b: the places of what also stands at an earlier one."""
         with whole_file(self.path(target, b, ".npy")) as file:
             np.save(file, self.dedup.later_copies(*self.bucket(source, b)))
 
@@ -308,7 +308,7 @@ class Curation:
         return np.sort(np.concatenate(found))
 
     def unique(self, i: int) -> None:
-        """Of file i: the documents that are not elsewhere and are good enough, and the hashes of their units."""
+        """Of file i: the documents that stand nowhere earlier and are good enough, and the hashes of their units."""
         tally, n_units = Tally(self.files[i], self.n_tokens), 0
         copied, near = self.dropped("copied", i), self.dropped("near", i)
         classifier = self.quality.QualityClassifier.load(self.work / "classifier.npz") if self.trusted else None
@@ -455,7 +455,7 @@ def curate(pattern: str, out: str | os.PathLike, world, say: Callable[[str], Non
 # --- 4. demo -----------------------------------------------------------------------------------
 
 def _demo() -> None:
-    """A crawl with damage, curated at a stretch, and by a process that is killed on the way and started again."""
+    """A crawl with damage, curated without a stop, and by a process that is killed on the way and started again."""
     from crawl import make_crawl
     from processes import World
 
@@ -483,7 +483,7 @@ def main(crawl: str | None, out: str | None, explain: bool, **options) -> None:
     if crawl is None:
         return _demo()
     if out is None:
-        raise ValueError("say where the shards shall go: --out FOLDER")
+        raise ValueError("say where the shards shall go: --out DIR")
     from processes import join
     world = join("cpu")
     report = curate(crawl, out, world, say=lambda text: world.say(f"  {text}"), **options)
@@ -495,21 +495,28 @@ def start(arguments: list[str]) -> None:
     name = os.path.basename(sys.argv[0])
     parser = argparse.ArgumentParser(name, description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{name}: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("crawl", nargs="?", help="files, such as 'crawl/*.warc.wet.gz' (default: made up)")
-    parser.add_argument("--out", metavar="FOLDER", help="for the shards and .report.json; new, empty, or to go on in")
-    parser.add_argument("--bad_words", metavar="FILE", help="one word or phrase a line; pages with one are removed")
-    parser.add_argument("--trusted", metavar="FILES", help="text of the quality that is wanted: fits the classifier")
-    parser.add_argument("--decontaminate", metavar="FILES", help="tests: what shares 13 words with them is removed")
-    parser.add_argument("--threshold", type=float, default=0.8, help="similarity of near-duplicates (default 0.8)")
+    parser.add_argument("--out", metavar="DIR",
+                        help="for the shards and .report.json; new, empty, or to go on in")
+    parser.add_argument("--bad_words", metavar="FILE",
+                        help="one word or phrase a line; pages with one are removed")
+    parser.add_argument("--trusted", metavar="FILES",
+                        help="text of the quality that is wanted: fits the classifier")
+    parser.add_argument("--decontaminate", metavar="FILES",
+                        help="tests: what shares 13 words with them is removed")
+    parser.add_argument("--threshold", type=float, default=0.8,
+                        help="similarity of near-duplicates (default %(default)s)")
     parser.add_argument("--tokenizer", metavar="FILE", help="counts the tokens of the report (default: estimated)")
     parser.add_argument("--explain", action="store_true", help="show examples of what each rule removed")
     try:
         main(**vars(parser.parse_args(arguments)))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{name}: {error}\n" if os.environ.get("RANK", "0") == "0" else None)  # once, of all ranks
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")
     finally:
         if "RANK" in os.environ:
             import torch.distributed as dist

@@ -10,7 +10,7 @@ Formula   held out   <=>  hash(document) < held_out,  hash in [0, 1)
           example j  =    window permutation(seed, j // n)[j mod n],  j = 0, 1, 2, ... without end
 Shapes    tokens (N,) uint16 or uint32 -> inputs and targets (B, T) int64, targets one token ahead
 Omits     the tokenizer (`encode` is handed in); a mask between the documents of a window (as does GPT-3);
-          the last (N - 1) mod T tokens; the choice and cleaning of documents (curate.py)
+          the last (N - 1) mod T tokens; the choice and cleaning of documents (curate.py).
 Run       python data.py                        Python's own documentation, under 10 s
           python data.py --data 'my/**/*.txt'   or .md .jsonl .jsonl.gz .warc.wet .warc.wet.gz
           Ends with "every target of the epoch seen exactly once: True ..."
@@ -157,7 +157,7 @@ def read_file(path: str, lost: Lost | None = None, longest: int | None = None) -
                     holds_text = True
                     yield document
     except OSError as error:
-        note(f"{path}: cannot be read ({error.strerror}): check it and its permissions", 0)
+        note(f"{path}: cannot be read ({error.strerror}): check the path and its permissions", 0)
     if not holds_text and not complained:
         note(f"{path}: {'holds no text' if head else 'is empty'}: fetch it again, or leave it out", 0)
 
@@ -278,11 +278,12 @@ def _read_text(path: str, file: _Bytes, lost: Lost, longest: int | None) -> Iter
 def _read_jsonl(path: str, file: _Bytes, lost: Lost, longest: int | None) -> Iterator[str]:
     number = 0
     while file.more():
-        begin, number, line = file.offset, number + 1, file.line(longest)
+        begin, number, line = file.offset, number + 1, file.line(longest and longest + 1)
         where = f"{path}, line {number} (from byte {begin})"
         try:
-            if longest and len(line) == longest and not line.endswith(b"\n"):
-                file.skip_to(b"\n")
+            if longest and len(line) > longest:
+                if not line.endswith(b"\n"):
+                    file.skip_to(b"\n")
                 raise DataError(f"{where}: longer than {longest:,} bytes: cut it in several documents")
             if not line.strip():
                 continue
@@ -310,7 +311,7 @@ def _read_wet(path: str, file: _Bytes, lost: Lost, longest: int | None) -> Itera
                 headers[name.lower()] = value.strip()
             length, limit = headers.get(b"content-length", b"missing"), longest or 10**9 - 1
             if not length.isdigit() or len(length) > 9 or int(length) > limit:  # a lie must not fill the memory
-                raise DataError(f"{where}: Content-Length is {length[:20]!r}, not below {limit:.0e}: fetch again")
+                raise DataError(f"{where}: Content-Length is {length[:20]!r}, want 0 .. {limit}: fetch the file again")
             block = file.peek(int(length) + 4)
             # A length that covers whole records would make one page of them.
             if len(block) < int(length) + 4 or block[-4:] != b"\r\n\r\n" or b"\r\n\r\nWARC/1." in block:
@@ -349,7 +350,7 @@ def split_documents(documents: Iterable[str], held_out: float = 0.05) -> tuple[l
     For a corpus larger than memory, test `document_hash(document) < held_out` as the documents stream by.
     Raises ValueError for held_out, DataError for no documents or a single one too short to cut."""
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be inside (0, 1), got {held_out}")
+        raise ValueError(f"held_out must be in (0, 1), got {held_out}")
     documents = list(documents)
     hashes = {document: document_hash(document) for document in documents}
     if not hashes:
@@ -392,7 +393,8 @@ def pack(documents: Iterable[str], encode: Callable[[str], Sequence[int]], eot: 
         for document in documents:
             tokens = np.append(np.asarray(encode(document), dtype=np.int64), eot)
             if tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(f"tokens {tokens.min()} ... {tokens.max()} exceed vocab_size {vocab_size}")
+                raise ValueError(f"token ids {tokens.min()} .. {tokens.max()} are not all in the vocabulary, "
+                                 f"0 .. {vocab_size - 1}")
             yield tokens.astype(dtype)
         if tokens is None:
             raise DataError("no documents to pack: give at least one")
@@ -433,7 +435,7 @@ class TokenWindows:
     Args:
         tokens: (N,) integers, in memory or memory-mapped; N >= T + 1, else DataError.
         context: T, at least 1.
-        seed: of the order, in [0, 2^32).
+        seed: of the order, in 0 .. 2^32 - 1: NumPy's frozen stream takes no more.
         shuffle: False keeps every epoch in the order of the text, for validation.
     """
 
@@ -442,7 +444,7 @@ class TokenWindows:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers of shape (N,), got {tokens.dtype} {tokens.shape}")
         if context < 1 or not 0 <= seed < 2**32:
-            raise ValueError(f"context must be >= 1 and seed in 0 .. 2^32 - 1, got {context} and {seed}")
+            raise ValueError(f"context must be at least 1 and seed in 0 .. 2^32 - 1, got {context} and {seed}")
         if len(tokens) < context + 1:
             raise DataError(f"{len(tokens)} tokens cannot fill one window of context {context} + 1: give "
                             f"more text, or a context of at most {len(tokens) - 1}")
@@ -461,10 +463,10 @@ class TokenWindows:
         return self._order
 
     def batch(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Examples start to start + count - 1: inputs and targets, each (count, T) int64. ValueError unless
-        start >= 0 and count >= 1."""
+        """Examples start to start + count - 1: inputs and targets, each (count, T) int64. ValueError for
+        a start below 0 or a count below 1."""
         if start < 0 or count < 1:
-            raise ValueError(f"a batch needs start >= 0 and count >= 1, got {start} and {count}")
+            raise ValueError(f"start must be at least 0 and count at least 1, got {start} and {count}")
         epochs, places = np.divmod(np.arange(start, start + count), len(self))
         windows = np.concatenate([self.order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
         rows = np.stack([self.tokens[i * self.context:(i + 1) * self.context + 1] for i in windows.tolist()])
@@ -481,9 +483,9 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
     train, validation = split_documents(documents, held_out)
     tokens = pack(train, lambda document: list(document.encode()), eot, eot + 1, out)
     size, rest = (sum(len(document.encode()) for document in side) for side in (train, validation))
-    print(f"training {len(train):,} documents, {len(tokens):,} tokens (bytes); expected {size + len(train):,}")
-    print(f"held out {len(validation):,} documents, {rest / (size + rest):.1%} of the bytes; expected about "
-          f"{held_out:.1%} if documents are many. On both sides: {len({*train} & {*validation})}; expected 0")
+    print(f"training {len(train):,} documents, {len(tokens):,} tokens (bytes; expected {size + len(train):,})")
+    print(f"held out {len(validation):,} documents, {rest / (size + rest):.1%} of the bytes (expected about "
+          f"{held_out:.1%} if documents are many); on both sides: {len({*train} & {*validation})} (expected 0)")
     windows = TokenWindows(tokens, context, seed)
     window = min(int(np.argmax(tokens == eot)) // context, len(windows) - 1)
     shown = tokens[window * context:(window + 1) * context + 1]
@@ -507,12 +509,14 @@ if __name__ == "__main__":
     parser.add_argument("--held_out", type=float, default=0.05, help="share held out (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of windows (default %(default)s)")
     parser.add_argument("--out", metavar="FILE.npy", help="write the packed training tokens there")
-    if parser.parse_known_args()[0].crawl is not None:
-        import curate
-        parser.exit(curate.start(sys.argv[1:]))
     try:
+        if parser.parse_known_args()[0].crawl is not None:
+            import curate
+            parser.exit(curate.start(sys.argv[1:]))
         main(**{name: value for name, value in vars(parser.parse_args()).items() if name != "crawl"})
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -10,7 +10,8 @@ Formula   log p(x_1 ... x_T) = sum_{t >= 2} log p(x_t | x_<t)
                        max(0, p - q) / sum max(0, p - q):  the result is distributed as p, whatever q is
 Shapes    tokens (B, T) -> logits (B, V) of the last position -> next tokens (B,)
 Omits     tree-shaped drafts, typical and contrastive sampling, constrained grammars, continuous batching.
-Run       python decode.py               two tiny models are trained, then decoded: 12 s on one core
+Run       python decode.py               two tiny models are trained, then decoded: 12 s on one core;
+                                         ends with "greedy cached = uncached: True; ..."
           python decode.py --checkpoint out/pretrain --prompt "The function"    or --prompt -, or --chat
 Test      pytest tests/test_decode.py
 """
@@ -126,7 +127,7 @@ class Sampling:
         for name, allowed, fits in (
                 # Below 1e-6 the quotient of an fp32 logit might be infinite.
                 ("temperature", "0 or at least 1e-6", lambda x: x == 0 or 1e-6 <= x < math.inf),
-                ("top_k", "an integer of at least 1", lambda x: hasattr(x, "__index__") and x >= 1),
+                ("top_k", "a whole number and at least 1", lambda x: hasattr(x, "__index__") and x >= 1),
                 ("top_p", "in (0, 1]", lambda x: 0 < x <= 1), ("min_p", "in [0, 1]", lambda x: 0 <= x <= 1),
                 ("repetition_penalty", "positive", lambda x: 0 < x < math.inf)):
             value = getattr(self, name)
@@ -167,7 +168,7 @@ def checked(model: nn.Module, prompts: Prompts, max_new_tokens: int) -> tuple[li
         raise ValueError("prompts must be rows of token ids: lists of ints, or an integer tensor (B, T)") from None
     for i, row in enumerate(rows):
         if not row:
-            raise ValueError(f"prompt {i} is empty; start it with the end-of-text token")
+            raise ValueError(f"prompt {i} is empty: start it with the end-of-text token")
         if len(row) > context:
             raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {context}")
         if min(row) < 0 or max(row) >= V:
@@ -216,10 +217,10 @@ class FastLinear(TorchFunctionMode):
 
 def one_row_layout(model: nn.Module) -> None:
     """Make decoding one row on a CPU in fp32 faster: a row times a matrix (out, in) with out > in reads a column
-    at a time 1.3 to 1.8 times as fast, so store these by columns, in place; the values stay."""
+    at a time 1.3 to 1.8 times as fast, so store these by columns, in place, experts' too; the values stay."""
     for p in model.parameters():
-        if p.dim() == 2 and p.size(0) > p.size(1) and p.dtype == torch.float32 and p.device.type == "cpu":
-            p.data = p.data.t().contiguous().t()
+        if p.dim() >= 2 and p.size(-2) > p.size(-1) and p.dtype == torch.float32 and p.device.type == "cpu":
+            p.data = p.data.mT.contiguous().mT
 
 
 def next_logits(model: nn.Module, tokens: Tensor, cache, last: int = 1) -> Tensor:
@@ -420,7 +421,7 @@ def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_n
     return Speculation(new, drafted, accepted, calls)
 
 
-# --- 8. program ------------------------------------------------------------------------------
+# --- 8. program and demo ---------------------------------------------------------------------
 
 def load_model(directory: str | Path, device: str = "cpu"):
     """(model, encoding) of a training run's directory, one of its checkpoints, or a Hugging Face directory.
@@ -443,10 +444,10 @@ def load_model(directory: str | Path, device: str = "cpu"):
         model.load_state_dict(saved["model"], assign=True)
         encoding = tokenizer.load(path / "tokenizer.tiktoken")
     else:
-        raise ValueError(f"{directory}: no such directory; give one that train.py wrote, or a Hugging Face model's")
+        raise ValueError(f"{directory}: no such directory: give one that train.py wrote, or a Hugging Face model's")
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab} ids, the model "
-                         f"{model.config.vocab_size}; it is not the one that the model was trained with")
+                         f"{model.config.vocab_size}: it is not the one that the model was trained with")
     model = model.to(device).eval()
     one_row_layout(model)
     return model, encoding
@@ -515,8 +516,8 @@ def demo(max_new_tokens: int, seed: int, device: str) -> None:
 
     text, cpu = torch.tensor(list(topics["assert"].encode())[:500]), torch.Generator().manual_seed(seed)
     models, prompt, n = [], list(b"The simple form"), min(max_new_tokens, 64)
-    for layers, width in ((2, 128), (1, 48)):
-        model, losses = GPT(GPTConfig(256, 80, layers, 4, width), generator=cpu).to(device), []
+    for n_layers, d_model in ((2, 128), (1, 48)):
+        model, losses = GPT(GPTConfig(256, 80, n_layers, 4, d_model), generator=cpu).to(device), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
         for step in range(220):
             optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 30, (220 - step) / 110)
@@ -525,8 +526,8 @@ def demo(max_new_tokens: int, seed: int, device: str) -> None:
             optimizer.zero_grad()
             losses[-1].backward()
             optimizer.step()
-        print(f"{layers} layers, width {width}: loss {losses[0]:.2f} (expected ln 256 = 5.55) -> {losses[-1]:.2f}")
-        # In fp64 two ways of computing a logit do not disagree on ties; an mps device has none.
+        print(f"{n_layers} layers, width {d_model}: loss {losses[0]:.2f} (expected ln 256 = 5.55) -> {losses[-1]:.2f}")
+        # In float64 two ways of computing a logit do not disagree on ties; an mps device has none.
         models.append(model if device == "mps" else model.double())
 
     (naive, _), (greedy, _) = (f(models[0], [prompt, list(b"A")], n, temperature=0) for f in (naive_generate, generate))
@@ -538,17 +539,19 @@ def demo(max_new_tokens: int, seed: int, device: str) -> None:
     print(f"speculative: {guessed.accepted} of {guessed.drafted} guesses accepted, {len(guessed.tokens)} tokens in "
           f"{guessed.target_calls} calls of the model")
     print(f"greedy cached = uncached: {greedy == naive}; beam >= greedy: {log_p[1] >= log_p[0] - 1e-9}; "
-          f"speculative = greedy: {guessed.tokens == greedy}")
+          f"speculative = greedy: {guessed.tokens == greedy} (expected True each)")
 
 
 def main(checkpoint: str | None, prompt: str | None, chat: bool, temperature: float, top_p: float, **options) -> None:
+    if not 0 <= options["seed"] < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {options['seed']}")
     Sampling(temperature, top_p=top_p)  # bad values are refused before the long work
     if chat and prompt == "-":
-        raise ValueError("--chat and --prompt - would both read stdin; give the prompt as text")
+        raise ValueError("--chat and --prompt - would both read stdin: give the prompt as text")
     if checkpoint is not None:
         converse(checkpoint, prompt, chat, temperature=temperature, top_p=top_p, **options)
     elif prompt is not None or chat:
-        raise ValueError("--prompt and --chat need a --checkpoint; without one the demo runs")
+        raise ValueError("--prompt and --chat need a --checkpoint: without one the demo runs")
     else:
         demo(**options)
 
@@ -559,12 +562,17 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--checkpoint", help="directory of a run, of one checkpoint, or of a Hugging Face model")
     parser.add_argument("--prompt", help="text to continue; - reads it from stdin (default: start at end-of-text)")
-    parser.add_argument("--chat", action="store_true", help="converse line by line; ends on /exit, Ctrl-D or Ctrl-C")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="per completion or answer (default 64)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)")
-    parser.add_argument("--top_p", type=float, default=0.95, help="in (0, 1]; 1 keeps every token (default 0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and the demo's training (default 0)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
+    parser.add_argument("--chat", action="store_true",
+                        help="converse line by line; ends on /exit, Ctrl-D or Ctrl-C")
+    parser.add_argument("--max_new_tokens", type=int, default=64,
+                        help="per completion or answer (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8,
+                        help="0: the likeliest token (default %(default)s)")
+    parser.add_argument("--top_p", type=float, default=0.95,
+                        help="in (0, 1]; 1 keeps every token (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of sampling and the demo's training (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default %(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:
         main(**vars(parser.parse_args()))

@@ -2,8 +2,8 @@
 Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3; Lee et al. 2022 (2107.06499)
 
 Idea      Equal texts have equal hashes: sort the hashes, keep the first of each. Nearly equal documents share
-          most of their 5-grams. The smallest of the hashed 5-grams is the same in two documents exactly as often
-          as a 5-gram of one is also in the other: 128 such minima are a short signature of a document. Cut in
+          most of their 5-grams. The smallest of the hashed 5-grams is the same in two documents with
+          probability J, their similarity: 128 such minima are a short signature of a document. Cut in
           bands, a signature gives a few hashes, one of which agrees if the documents are similar: only documents
           that meet in a band are ever compared.
 Formula   J(A, B) = |A n B| / |A u B|                            similarity of two sets of n-grams
@@ -12,9 +12,9 @@ Formula   J(A, B) = |A n B| / |A u B|                            similarity of t
           a pair is a near-duplicate  <=>  it met, and the share of equal s_i >= threshold
           documents linked by such pairs form a cluster, of which the first is kept
 Shapes    signatures (N, k) uint32; band hashes (N, b) uint64; pairs (M, 2) int64, smaller document first
-Omits     suffix arrays (copies of any length, Lee et al. 4.1); embeddings (copies in other words)
+Omits     suffix arrays (copies of any length, Lee et al. 4.1); embeddings (copies in other words).
 Run       python deduplication.py                                       one process, under 20 s
-          torchrun --nproc_per_node 2 deduplication.py                  band hashes exchanged, the same answer
+          torchrun --nproc_per_node=2 deduplication.py                  band hashes exchanged, the same answer
           Ends with "recall ..., precision ...: OK"
 Test      pytest tests/test_deduplication.py
 """
@@ -256,7 +256,7 @@ def choose_bands(k: int, threshold: float, recall: float = 0.98) -> tuple[int, i
     """(bands, rows): the most rows, so the fewest chance meetings, with which documents that are exactly as
     similar as the threshold still meet with probability recall. Raises ValueError if not even one row does."""
     if not (k >= 1 and 0 < threshold <= 1):
-        raise ValueError(f"want k >= 1 and threshold in (0, 1], got {k} and {threshold}")
+        raise ValueError(f"k must be at least 1 and threshold in (0, 1], got {k} and {threshold}")
     for rows in range(k, 0, -1):
         if s_curve(threshold, k // rows, rows) >= recall:
             return k // rows, rows
@@ -303,8 +303,8 @@ def clusters(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
 
 
 def link(pieces: Iterable[np.ndarray], n: int) -> np.ndarray:
-    """The same for more pairs than fit in memory, which come in pieces (M, 2): (n,) the first document of the cluster
-    of each of 0 to n - 1. All roots of a piece are found at once, and each is hung below the smallest that it met."""
+    """``clusters`` for more pairs than memory holds, which come in pieces (M, 2): (n,) the first document of each one's
+    cluster, of 0 to n - 1. All roots of a piece are found at once, and each is hung below the smallest that it met."""
     parent = np.arange(n)
     for pairs in pieces:
         while len(pairs):
@@ -329,8 +329,8 @@ def near_duplicates(signatures: np.ndarray, threshold: float = 0.8,
             does not change. None outside of torch.distributed: one rank.
 
     Every rank owns a part of the hashes: (1) band hashes go to their owners, (2) owners find who meets, (3) the
-    pairs go to the ranks that have the second document, with the signatures of the first, (4) who compares; (5) all
-    get all near-duplicate pairs. Memory: 2 b (8 + 8) bytes per document and rank, and the pairs.
+    pairs go to the ranks that have the second document, with the signatures of the first, (4) these compare, (5) all
+    get all near-duplicate pairs. Memory of a rank: 2 b (8 + 8) bytes for each of its documents, and the pairs.
     """
     P = dist.get_world_size(group) if dist.is_initialized() else 1
     rank = dist.get_rank(group) if P > 1 else 0
@@ -405,10 +405,10 @@ class HeldOut:
 
 # --- 7. demo ----------------------------------------------------------------------------------
 
-def planted(n: int, seed: int, n_words: int = 200) -> tuple[list[str], set[tuple[int, int]]]:
+def planted(n: int, seed: int, threshold: float = 0.8, n_words: int = 200) -> tuple[list[str], set[tuple[int, int]]]:
     """n documents of random words, then a copy of each with some words replaced, of three kinds in turn: near
     (2 words: a duplicate), far (8 words: none) and none at all. Returns them and the pairs of duplicates, which
-    are those with J >= 0.8 by definition."""
+    are those with J >= threshold by definition."""
     random = np.random.RandomState(seed)
     documents = [" ".join(f"w{i}" for i in random.zipf(1.3, n_words) % 5000) for _ in range(n)]
     pairs = set()
@@ -417,14 +417,14 @@ def planted(n: int, seed: int, n_words: int = 200) -> tuple[list[str], set[tuple
         for place in random.choice(n_words, (2, 8, n_words)[i % 3], replace=False):
             words[place] = f"x{random.randint(5000)}"
         documents.append(" ".join(words))
-        if jaccard(documents[i], documents[-1]) >= 0.8:
+        if jaccard(documents[i], documents[-1]) >= threshold:
             pairs.add((i, n + i))
     return documents, pairs
 
 
 def main(documents: int, permutations: int, threshold: float, seed: int) -> None:
-    if documents < 3:
-        raise ValueError(f"--documents must be at least 3, got {documents}")
+    if documents < 3 or not 0 <= seed < 2**32:
+        raise ValueError(f"--documents must be at least 3 and --seed in 0 .. 2^32 - 1, got {documents} and {seed}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
     rank, P = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -434,16 +434,19 @@ def main(documents: int, permutations: int, threshold: float, seed: int) -> None
     for percent in range(10, 101, 10):
         probability = s_curve(percent / 100, bands, rows)
         say(f"  J = {percent / 100:.1f}  {probability:6.4f}  {'#' * round(50 * probability)}")
-    texts, expected = planted(documents, seed)
+    texts, expected = planted(documents, seed, threshold)
+    if not expected:
+        raise ValueError(f"--threshold {threshold}: none of the planted copies is so like its original: want at most "
+                         "about 0.9")
     hasher = MinHash(permutations, seed=seed)
     mine = texts[rank * len(texts) // P:(rank + 1) * len(texts) // P]
     signatures = np.stack([hasher.signature(text) for text in mine])
     found = {(first, copy) for copy, first in near_duplicates(signatures, threshold).items()}
     estimates = np.array([(hasher.signature(texts[i]) == hasher.signature(texts[documents + i])).mean()
                           - jaccard(texts[i], texts[documents + i]) for i in range(min(documents, 100))])
-    say(f"estimated - exact J of 100 pairs: mean {estimates.mean():+.4f} (expected 0), standard deviation "
-        f"{estimates.std():.4f} (at most {0.5 / permutations**0.5:.4f})")
-    say(f"{len(texts):,} documents on {P} ranks, {len(expected):,} planted near-duplicates, found {len(found):,}")
+    say(f"estimated - exact J of {len(estimates)} pairs: mean {estimates.mean():+.4f} (expected 0), standard deviation "
+        f"{estimates.std():.4f} (expected at most {0.5 / permutations**0.5:.4f})")
+    say(f"{len(texts):,} documents on {P} processes, {len(expected):,} planted near-duplicates, found {len(found):,}")
     recall, precision = (len(found & expected) / max(1, len(part)) for part in (expected, found))
     say(f"recall {recall:.3f}, precision {precision:.3f}: "
         + ("OK, both at least 0.95" if min(recall, precision) >= 0.95 else "WRONG, expected at least 0.95"))
@@ -457,11 +460,12 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--documents", type=int, default=1500, help="planted (default %(default)s)")
     parser.add_argument("--permutations", type=int, default=128, help="k (default %(default)s)")
-    parser.add_argument("--threshold", type=float, default=0.8, help="similarity of duplicates (default %(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.8,
+                        help="similarity of duplicates (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of documents and permutations (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -8,7 +8,7 @@ Formula   classify  argmax W x_[CLS];   tag  argmax W x_i at the first piece of 
 Shapes    rows of ids -> tokens, segments, real (B, T) -> logits (B, n), spans (B, T, 2), tags (B, T, n)
 Omits     sliding windows over long passages; ranking the answers of several passages; multiple choice.
 Run       python finetune.py                      four tasks from Python's documentation, without pre-training: a minute
-          python finetune.py --encoder out/bert   from what `python bert.py --out out/bert` saved
+          python finetune.py --init out/bert     from what `python bert.py --out out/bert` saved
           Ends with "transfer: ..." or "from scratch: ..."
 Test      pytest tests/test_finetune.py
 """
@@ -16,7 +16,6 @@ Test      pytest tests/test_finetune.py
 import argparse
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -109,8 +108,8 @@ def encode_tags(special: Special, room: int, words: Sequence[Sequence[int]],
     ValueError for unequal numbers, a word without pieces, or more pieces than fit: a tag would be lost.
     """
     if len(words) != len(tags) or not all(words):
-        raise ValueError(f"{len(words)} words, of which {sum(not word for word in words)} without pieces, and "
-                         f"{len(tags)} tags")
+        raise ValueError(f"every word must have a piece and a tag, got {len(words)} words, "
+                         f"{sum(not word for word in words)} of them without pieces, and {len(tags)} tags")
     targets = [IGNORE]
     for word, tag in zip(words, tags):
         targets += [tag] + [IGNORE] * (len(word) - 1)
@@ -166,8 +165,8 @@ def fine_tune(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], rows: 
               epochs: int = 4, batch: int = 16, lr: float = 5e-4, seed: int = 0) -> None:
     """AdamW over ``epochs`` passes, the learning rate up over a tenth of the steps, then down to 0.   appendix A.3
 
-    ``model(tokens, segments, real)`` -> what ``loss`` compares with the targets. Of the last rows of a pass, fewer
-    than a batch are left out, others in each pass.
+    ``model(tokens, segments, real)`` -> what ``loss`` compares with the targets. The rows at the end of a pass that
+    fill no batch are left out: others in each pass.
     """
     if not rows:
         raise ValueError("no rows to learn from: give at least one")
@@ -225,13 +224,13 @@ class Task:
 
 
 def hold_out(texts: Sequence[str], share: float = 0.15) -> tuple[list[str], list[str]]:
-    """The first paragraphs of each text, and its last ones (of the share, none of a text of few): two aligned lists."""
+    """Each text's first paragraphs, and its last, ``share`` of them (none if it has few): two aligned lists."""
     cut = [(parts := text.split("\n\n"), round((1 - share) * len(parts))) for text in texts]
     return ["\n\n".join(parts[:n]) for parts, n in cut], ["\n\n".join(parts[n:]) for parts, n in cut]
 
 
 def passages(text: str) -> list[str]:
-    """A text's paragraphs of 8 words and more, each on one line."""
+    """A text's paragraphs of at least 8 words, each on one line."""
     return [" ".join(words) for part in text.split("\n\n") if len(words := part.split()) >= 8]
 
 
@@ -313,7 +312,7 @@ def make_tasks(train: Sequence[str], test: Sequence[str], tokenizer, room: int, 
         known, new = ([*islice(make(texts, tokenizer, room, random.Random(seed + i)), size)]
                       for i, (texts, size) in enumerate(((train, n), (test, min(1000, 5 * n)))))
         if not known or not new:
-            raise ValueError(f"the texts hold no rows for the task {name!r}")
+            raise ValueError(f"the texts hold no rows for the task {name!r}: give longer ones, or more")
         if head == "BERTTagger":
             seen: dict[int, Counter] = {}
             for tokens, _, tags in known:
@@ -350,20 +349,20 @@ def compare(tasks: Sequence[Task], build: Callable[[Task, nn.Module | None], nn.
 
 # --- 5. demo ----------------------------------------------------------------------------------
 
-def main(encoder: str | None, examples: int, seed: int) -> None:
-    if examples < 1:
-        raise ValueError(f"--examples must be at least 1, got {examples}")
+def main(init: str | None, examples: int, seed: int) -> None:
+    if examples < 1 or not 0 <= seed < 2**32:
+        raise ValueError(f"--examples must be at least 1 and --seed in 0 .. 2^32 - 1, got {examples} and {seed}")
     import bert
     from data import default_documents
     from wordpiece import WordPiece, train_wordpiece
     train, test = hold_out(default_documents())
-    if encoder is None:
+    if init is None:
         tokenizer, start = WordPiece(train_wordpiece(train, 2048)), None
         config = bert.BERTConfig(len(tokenizer), context=64, n_layers=2, n_heads=4, d_model=128, attention_dropout=0.0,
                                  initializer_range=0.04)
     else:
-        tokenizer = WordPiece.load(f"{encoder}/vocab.txt")
-        start = bert.BERTForPretraining.from_pretrained(encoder).bert
+        tokenizer = WordPiece.load(f"{init}/vocab.txt")
+        start = bert.BERTForPretraining.from_pretrained(init).bert
         config = replace(start.config, dropout=0.1)
     tasks = make_tasks(train, test, tokenizer, config.context, examples, seed)
     for task in tasks:
@@ -388,14 +387,17 @@ def main(encoder: str | None, examples: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", metavar="DIR", help="with config.json, model.safetensors and vocab.txt "
-                        "(default: weights drawn at random)")
-    parser.add_argument("--examples", type=int, default=500, help="labelled rows of each task (default %(default)s)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--init", metavar="DIR",
+                        help="BERT to start from, with its vocab.txt (default: weights drawn at random)")
+    parser.add_argument("--examples", type=int, default=500,
+                        help="labelled rows of each task (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of examples, weights and order (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        sys.exit(130)
-    except ValueError as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -8,14 +8,15 @@ Formula   online:    m' = max(m, max_j s_j);   a = e^(m - m');   p_j = e^(s_j - 
                      l' = a l + sum_j p_j;     o' = a o + sum_j p_j v_j     for one tile of keys after another
           then       out = o / l,   lse = m + log l  (log-sum-exp),   p_j = e^(s_j - lse)
           backward:  dv_j = sum_i p_ij do_i;  ds_ij = p_ij (do_i . v_j - do_i . out_i);  dq_i = sum_j ds_ij k_j
-          traffic:   naive Theta(T D + T^2), tiled Theta(T^2 D^2 / M) numbers, M the size of the fast memory
+          traffic:   naive Theta(T Dh + T^2), tiled Theta(T^2 Dh^2 / M) numbers, M the size of the fast memory
 Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), Hkv | H -> out (B, H, T, Dh), lse (B, H, T). The queries are
           the LAST T of the S positions.
 Also      torch's own fused kernels, if attention_kernels.py is in the same folder, and through it the CUDA kernel
           of flash_attn_cuda.py. Without it this file computes everything itself, in tiles.
 Omits     sequences of different lengths in one flat tensor (give `ids`), block-sparse patterns, fp8.
-Run       python flash_attn.py                       memory and time against length, half a minute
-          python flash_attn.py --plot attention.png     the same as a picture
+Run       python flash_attn.py                         memory and time against length, half a minute
+          python flash_attn.py --plot attention.png    the same as a picture
+          Ends with "counted = formula: True; ..."
 Test      pytest tests/test_flash_attn.py
 """
 
@@ -40,7 +41,7 @@ from torch import Tensor
 
 @dataclass
 class Options:
-    """All that bends attention. In this order: scale, soft cap, bias, mask, softmax, dropout."""
+    """All that changes attention, applied in this order: scale, soft cap, bias, mask, softmax, dropout."""
     is_causal: bool = True  # query t, at position S - T + t, sees no key behind its position
     window: int | None = None  # and only keys less than this far from its position
     ids: Tensor | None = None  # (B, S) number of the document of each position: nobody looks into another one
@@ -114,7 +115,7 @@ def naive_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = 
 # --- 2. the softmax, block by block ---------------------------------------------------------
 
 def softmax_of_concatenation(x: Tensor, y: Tensor) -> Tensor:
-    """softmax([x, y]) = [a softmax(x), (1 - a) softmax(y)], a = e^lse(x) / (e^lse(x) + e^lse(y)); over the last."""
+    """softmax([x, y]) = [a softmax(x), (1 - a) softmax(y)], a = e^lse(x) / (e^lse(x) + e^lse(y)), on the last axis."""
     a = torch.sigmoid(torch.logsumexp(x, -1, keepdim=True) - torch.logsumexp(y, -1, keepdim=True))
     return torch.cat((a * torch.softmax(x, -1), (1 - a) * torch.softmax(y, -1)), -1)
 
@@ -170,8 +171,8 @@ class _Tiling:
     def __init__(self, q: Tensor, k: Tensor, options: Options, tile: tuple[int, int] | None):
         (B, H, T, Dh), (_, Hkv, S, _) = q.shape, k.shape
         self.shape, self.device = (B, H, Hkv, H // Hkv, T, S), q.device
-        # Statistics and sums in fp32 (or finer). Tensor cores and AMX multiply halves into fp32 themselves;
-        # where nothing does, halves are multiplied as fp32, tile by tile.
+        # Statistics and sums in fp32 (or finer). Tensor cores and AMX multiply fp16 and bf16 into fp32 themselves;
+        # where nothing does, a tile is converted to fp32 before it is multiplied.
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.products = q.dtype if _multiplies(q.device.type, q.dtype) else self.dtype
         self.options, self.scale = options, Dh ** -0.5 if options.scale is None else options.scale
@@ -244,7 +245,7 @@ class _Tiling:
 
 
 def _multiplies(device: str, dtype: torch.dtype) -> bool:
-    """Whether the device's matrix products take halves and sum in fp32 faster than it converts them."""
+    """Whether the device multiplies matrices of fp16 or bf16, summing in fp32, faster than it converts them."""
     return device != "cpu" or dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
@@ -370,18 +371,19 @@ def _kernel_for(backend: str, device: torch.device, dtype: torch.dtype, B: int, 
         from attention_kernels import KERNELS, fastest, works
     except ModuleNotFoundError:
         if backend != "auto":
-            raise ValueError(f"backend {backend!r} needs attention_kernels.py beside flash_attn.py; 'tiled' and "
+            raise ValueError(f"backend {backend!r} needs attention_kernels.py beside flash_attn.py: 'tiled' and "
                              "'auto' do not") from None
         _warn_once("attention_kernels.py is not beside flash_attn.py: attention is computed in tiles, without "
                    "torch's own kernels")
         return "tiled"
     if backend not in ("auto", *KERNELS):
-        raise ValueError(f"backend must be auto, tiled, {', '.join(KERNELS)}, got {backend!r}")
+        raise ValueError(f"backend must be one of auto, tiled, {', '.join(KERNELS)}, got {backend!r}")
     if backend != "auto":
         if works(backend, device, dtype, Dh, H // Hkv, is_causal):
             return backend
         if backend != "own":  # ours has warned, and torch's take its place
-            raise ValueError(f"backend {backend!r} does not work here for {dtype}, Dh = {Dh} on {device}")
+            raise ValueError(f"backend {backend!r} does not work here for {dtype}, Dh = {Dh} on {device}: "
+                             "use 'tiled' or 'auto'")
     # Timed once for all lengths between two powers of two.
     T, S = (1 << n.bit_length() - 1 for n in (T, S))
     return fastest(device, dtype, B, H, Hkv, T, S, Dh, is_causal, with_backward) or "tiled"
@@ -398,8 +400,8 @@ def _choose(backend: str, q: Tensor, k: Tensor, options: Options, with_backward:
         return backend
     if not options.plain:
         if backend != "auto":
-            raise ValueError(f"backend {backend!r} knows no window, ids, bias, soft_cap, dropout: "
-                             "use 'tiled' or 'auto'")
+            raise ValueError(f"backend {backend!r} knows no window, ids, bias, soft_cap, dropout, and no scale "
+                             "of 0 or below: use 'tiled' or 'auto'")
         return "tiled"
     if 0 in (*q.shape, k.size(2)):
         return "tiled"
@@ -504,9 +506,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         if x is not None and x.device != q.device:
             raise ValueError(f"q is on {q.device}, {name} on {x.device}")
     if options.window is not None and (type(options.window) is not int or options.window < 1):
-        raise ValueError(f"window must be an integer of at least 1, got {options.window}")
+        raise ValueError(f"window must be a whole number and at least 1, got {options.window}")
     if type(options.seed) is not int:
-        raise ValueError(f"seed must be an integer, got {options.seed}")
+        raise ValueError(f"seed must be a whole number, got {options.seed}")
     if ids is not None and (ids.shape != (B, S) or T > S):
         raise ValueError(f"ids must number all of (B, S) = {(B, S)} positions and T = {T} be at most S, "
                          f"got {tuple(ids.shape)}")
@@ -575,48 +577,66 @@ def _milliseconds(run: Callable[[], object], device: str) -> float:
     """The shortest of three calls."""
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        began = time.perf_counter()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (time.perf_counter() - began))
     return min(times)
 
 
-def main(lengths: list[int], heads: int, head_width: int, dtype: str, device: str, plot: str | None) -> None:
-    if min(*lengths, heads, head_width) < 1:
-        raise ValueError("--lengths, --heads and --head_width must be at least 1")
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
+    return figure
+
+
+def main(lengths: list[int], n_heads: int, d_head: int, dtype: str, device: str, plot: str | None) -> None:
+    if min(*lengths, n_heads, d_head) < 1:
+        raise ValueError("--lengths, --n_heads and --d_head must be at least 1, "
+                         f"got {min(lengths)}, {n_heads} and {d_head}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device; leave it out to run on the CPU")
-    if plot:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-        figure = Figure((10, 4), layout="constrained")
-        figure.savefig(plot)  # a path that cannot be written fails now, not in the end
+        raise ValueError("--device cuda: torch finds no CUDA device: leave it out to run on the CPU")
+    figure = new_figure(plot, 10, 4)
     lengths, generator = sorted(lengths), torch.Generator().manual_seed(0)
     row = torch.randn(1000, generator=generator)
     print(f"softmax of 1000 numbers in one pass, 7 at a time: differs from torch's by "
           f"{(online_softmax(row, 7) - row.softmax(0)).abs().max():.0e} (expected below 1e-7)")
 
     T, traffic = min(1024, lengths[-1]), []
-    tile = (tile_size(192 * 1024, head_width),) * 2  # an A100's fast memory, per processor
-    tiled_forward(*torch.randn(3, 1, 1, T, head_width, generator=generator), Options(), tile, traffic)
-    expected = tiled_traffic(T, T, head_width, tile)
-    print(f"192 KB of fast memory hold tiles of {tile[0]} rows; at T = {T} one causal head moves {sum(traffic):,} "
-          f"bytes in tiles (formula: {expected:,}), naively {naive_traffic(T, T, head_width):,}")
+    tile = (tile_size(192 * 1024, d_head),) * 2  # an A100's fast memory, per processor
+    tiled_forward(*torch.randn(3, 1, 1, T, d_head, generator=generator), Options(), tile, traffic)
+    expected = tiled_traffic(T, T, d_head, tile)
+    print(f"192 KiB of fast memory hold tiles of {tile[0]} rows; at T = {T} one causal head moves {sum(traffic):,} "
+          f"bytes in tiles (formula: {expected:,}), naively {naive_traffic(T, T, d_head):,}")
 
     methods = {
         "naive": lambda q, k, v: naive_attention_with_lse(q, k, v)[0],
         "tiled": lambda q, k, v: flash_attention(q, k, v, backend="tiled"),
         "torch": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    print(f"\nforward + backward, (1, {heads}, T, {head_width}), causal, {dtype} on {device}: "
+    print(f"\nforward + backward, (1, {n_heads}, T, {d_head}), causal, {dtype} on {device}: "
           "milliseconds, and MB beyond the inputs\n     T" + "".join(f"{name:>18}" for name in methods))
     table: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     worst = 0.0
     for T in lengths:
-        inputs = torch.randn(4, 1, heads, T, head_width, generator=generator)
+        inputs = torch.randn(4, 1, n_heads, T, d_head, generator=generator)
         q, k, v, grad_out = inputs.to(device, getattr(torch, dtype))
         leaves, results = [x.requires_grad_() for x in (q, k, v)], {}
         for name, method in methods.items():
@@ -627,8 +647,8 @@ def main(lengths: list[int], heads: int, head_width: int, dtype: str, device: st
             table[name].append((_milliseconds(run, device), peak_extra_bytes(run, device) / 1e6))
         worst = max(worst, *(((a - b).abs().max() / b.abs().max()).item()
                              for a, b in zip(results["tiled"], results["torch"])))
-        print(f"{T:6}" + "".join("{:9.1f} {:7.1f}M".format(*table[name][-1]) for name in methods), flush=True)
-    if plot:
+        print(f"{T:6}" + "".join("{:9.1f} {:8.1f}".format(*table[name][-1]) for name in methods), flush=True)
+    if figure is not None:
         for axis, title, column in zip(figure.subplots(1, 2), ("milliseconds", "MB beyond the inputs"), (0, 1)):
             for name in methods:
                 axis.loglog(lengths, [values[column] for values in table[name]], marker="o", label=name)
@@ -642,8 +662,8 @@ def main(lengths: list[int], heads: int, head_width: int, dtype: str, device: st
     print(f"from T = {lengths[0]} to {lengths[-1]}, {lengths[-1] / lengths[0]:.1f} x, memory grew "
           f"{grown['naive']:.1f} x naive, {grown['tiled']:.1f} x tiled")
     bound = 1e-5 if dtype == "float32" else 0.02
-    print(f"counted = formula: {sum(traffic) == expected};   max |tiled - torch| = {worst:.1e} of the largest "
-          f"({'OK' if worst < bound else 'WRONG'}, below {bound:.0e})")
+    print(f"counted = formula: {sum(traffic) == expected};   max |tiled - torch| = {worst:.1e} of the largest: "
+          f"{'OK, below' if worst < bound else 'WRONG, expected below'} {bound:.0e}")
 
 
 if __name__ == "__main__":
@@ -651,16 +671,16 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], metavar="T",
-                        help="default 256 512 1024 2048 4096")
-    parser.add_argument("--heads", type=int, default=4, help="heads (default 4)")
-    parser.add_argument("--head_width", type=int, default=64, help="Dh (default 64)")
+                        help="T = S, one after the other (default %(default)s)")
+    parser.add_argument("--n_heads", type=int, default=4, help="H (default %(default)s)")
+    parser.add_argument("--d_head", type=int, default=64, help="Dh, width of a head (default %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
-                        help="default float32")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
+                        help="of q, k and v (default %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        parser.exit(130, "\n")
+        parser.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0][:200])

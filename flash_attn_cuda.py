@@ -9,23 +9,22 @@ Idea      A block of threads owns a tile of rows and keeps their sums in registe
           kernel does one walk and adds dQ atomically: 5 products for our 7, but its sums come in any order.
           Ours gives the same bits every time, and a probability never leaves the registers of one warp.
 Formula   P = 2^(c S - lse log2 e), c = log2 e / sqrt(Dh);  dS = P (dP - delta), delta = rowsum(dO out) - dlse
-Steps     tensor cores   mma.sync m16n8k16: a warp multiplies 16 x 16 by 16 x 8 halves, sums in fp32
+Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), Hkv | H, fp16 or bf16, Dh 64 or 128 -> out (B, H, T, Dh), lse
+          (B, H, T) in fp32. The queries are the LAST T of the S positions; a group's heads read its keys uncopied.
+Also      tensor cores   mma.sync m16n8k16: a warp multiplies 16 x 16 by 16 x 8 halves, sums in fp32
           registers      the result of one product has the layout that the next wants as its left factor
           shared memory  a row's 16-byte chunks are permuted ("swizzled"), so that ldmatrix, which reads the
                          same chunk of 8 rows, meets 8 different groups of banks
           latency        cp.async copies the next tile while this one is multiplied
           traffic        rows of a warp share each fragment that it loads: 32 rows halve what 16 would read
-Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), fp16 or bf16, Dh 64 or 128 -> out, lse (B, H, T) fp32; the
-          queries are the LAST T positions; query heads of a group read the same keys, uncopied
 Omits     Hopper's wgmma and TMA (FlashAttention-3), windows, biases, dropout (flash_attn.py has them).
-Run       python flash_attn_cuda.py     compiles for this GPU, compares and times; without one it says so
+Run       python flash_attn_cuda.py     compiles for this GPU, compares and times; without one it says so;
+          ends with "largest relative error against float64 = ..."
 Test      pytest tests/test_flash_attn_cuda.py
 """
 
 import argparse
 import functools
-import math
-import sys
 
 import torch
 from torch import Tensor
@@ -574,19 +573,19 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 # --- 4. demo ------------------------------------------------------------------------------------
 
-def main(length: int, heads: int, head_width: int, dtype: str) -> None:
-    if min(length, heads) < 1 or ("forward", head_width) not in SIZES:
-        raise ValueError("--length and --heads must be at least 1, --head_width 64 or 128, "
-                         f"got {length}, {heads}, {head_width}")
+def main(length: int, n_heads: int, d_head: int, dtype: str) -> None:
+    if min(length, n_heads) < 1 or ("forward", d_head) not in SIZES:
+        raise ValueError("--length and --n_heads must be at least 1, --d_head 64 or 128, "
+                         f"got {length}, {n_heads} and {d_head}")
     if not torch.cuda.is_available():
         for walk in ("forward", "queries", "keys"):
-            warps, tiles, stream = SIZES[walk, head_width]
+            warps, tiles, stream = SIZES[walk, d_head]
             print(f"{walk:8} {32 * warps} threads own {16 * tiles * warps} rows and stream {stream} at a time; "
-                  f"{shared_bytes(walk, head_width):,} bytes of shared memory")
+                  f"{shared_bytes(walk, d_head):,} bytes of shared memory")
         print("torch finds no CUDA device: nothing was run")
         return
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v, grad_out = (torch.randn(1, heads, length, head_width, generator=generator, device="cuda",
+    q, k, v, grad_out = (torch.randn(1, n_heads, length, d_head, generator=generator, device="cuda",
                                      dtype=getattr(torch, dtype)) for _ in range(4))
     worst = 0.0
     for is_causal in (False, True):
@@ -597,6 +596,7 @@ def main(length: int, heads: int, head_width: int, dtype: str) -> None:
         found = out, *torch.autograd.grad(out, inputs, grad_out)
         wanted = expected, *torch.autograd.grad(expected, exact, grad_out.double())
         worst = max(worst, *(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted)))
+
         def both():
             torch.autograd.grad(forward(*inputs, is_causal)[0], inputs, grad_out)
 
@@ -608,23 +608,26 @@ def main(length: int, heads: int, head_width: int, dtype: str) -> None:
                 run()
             end.record()
             end.synchronize()
-            work = 4 * heads * length**2 * head_width * (0.5 if is_causal else 1) * (3.5 if "+" in name else 1)
+            work = 4 * n_heads * length**2 * d_head * (0.5 if is_causal else 1) * (3.5 if "+" in name else 1)
             print(f"{'causal' if is_causal else 'full':7} {name:18} {start.elapsed_time(end) / 10:8.3f} ms  "
                   f"{work / (start.elapsed_time(end) / 10) / 1e9:6.1f} TFLOP/s")
-    print(f"largest relative error against float64: {worst:.1e} ({'OK' if worst < 0.01 else 'WRONG'}, below 1e-02)")
+    print(f"largest relative error against float64 = {worst:.1e}: "
+          + ("OK, below 0.01" if worst < 0.01 else "WRONG, expected below 0.01"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--length", type=int, default=2048, help="T = S (default 2048)")
-    parser.add_argument("--heads", type=int, default=8, help="heads (default 8)")
-    parser.add_argument("--head_width", type=int, default=64, help="Dh: 64 or 128 (default 64)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="default bfloat16")
+    parser.add_argument("--length", type=int, default=2048, help="T = S (default %(default)s)")
+    parser.add_argument("--n_heads", type=int, default=8, help="H (default %(default)s)")
+    parser.add_argument("--d_head", type=int, default=64,
+                        help="Dh, width of a head: 64 or 128 (default %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"],
+                        help="of q, k and v (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        parser.exit(130, "\n")
+        parser.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0][:200])

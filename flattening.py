@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -81,21 +80,24 @@ def start_all_gather(rows: Tensor, group: dist.ProcessGroup | None = None, tag: 
 
 
 def start_reduce_scatter(rows: Tensor, group: dist.ProcessGroup | None = None, tag: int = 0,
-                         scale: float = 1.0) -> Callable[[], Tensor]:
-    """Sum rows (P, C) over ranks; returns what waits and gives row r of the sum times ``scale``, (C,), a view of rows.
+                         scale: float = 1.0, out: Tensor | None = None) -> Callable[[], Tensor]:
+    """Sum rows (P, C) over ranks; returns what waits and gives row r of the sum times ``scale``, (C,): in ``out``, or,
+    without, in row r of rows.
 
     On a CPU half precision is summed and scaled in fp32.
     """
     rank, P = rank_and_size(group)
+    total = rows[rank] if out is None else out
     if P > 1 and rows.is_cuda:
         # its name from torch 2.13 on, and before
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        work = reduce_scatter(rows[rank], rows.view(-1), group=group, async_op=True)
-        return lambda: (work.wait(), rows[rank].mul_(scale))[1]
+        work = reduce_scatter(total, rows.view(-1), group=group, async_op=True)
+        return lambda: (work.wait(), total.mul_(scale))[1]
     terms, works = [rows[rank]] * P, []
     for k in range(1, P):
         to, source = (rank + k) % P, (rank - k) % P
-        terms[source] = empty(rows[0].shape, rows.dtype, rows.device)
+        # one arrives where the sum will be, the others need memory
+        terms[source] = out if k == 1 and out is not None else empty(rows[0].shape, rows.dtype, rows.device)
         works += [dist.isend(rows[to], global_rank(group, to), group, tag),
                   dist.irecv(terms[source], global_rank(group, source), group, tag)]
 
@@ -103,13 +105,13 @@ def start_reduce_scatter(rows: Tensor, group: dist.ProcessGroup | None = None, t
         for work in works:
             work.wait()
         # in pieces that stay in the cache
-        for total, *pieces in zip(rows[rank].split(2**15), *(term.split(2**15) for term in terms)):
+        for piece_of_total, *pieces in zip(total.split(2**15), *(term.split(2**15) for term in terms)):
             wide = pieces[0].to(torch.promote_types(rows.dtype, torch.float32), copy=True)
             for piece in pieces[1:]:
                 wide += piece
-            torch.mul(wide, scale, out=total)
+            torch.mul(wide, scale, out=piece_of_total)
             del wide
-        return rows[rank]  # (C,)
+        return total  # (C,)
     return wait
 
 
@@ -138,6 +140,7 @@ class Flat:
         self.whole: Tensor | None = None  # (parts, C), the parameters
         self.whole_gradient: Tensor | None = None  # (parts, C), this rank's, the head of
         self.room: Tensor | None = None
+        self.room_size = 0  # of a new one, in numbers, at least: so that the other flats fit in, too
         self.arriving: Callable | None = None  # waits for ``whole``
         self.missing: set[nn.Parameter] = set()  # whose gradient is not in ``whole_gradient`` yet
         self.held: set[nn.Parameter] = set()  # whose gradient is
@@ -175,7 +178,7 @@ class Flat:
         if self.whole_gradient is None:
             size, kind, self.room = self.parts * self.C, self.gradient.dtype, self.rooms.pop() if self.rooms else None
             if self.room is None or (self.room.dtype, self.room.device) != (kind, self.device) or len(self.room) < size:
-                self.room = empty((size,), kind, self.device)
+                self.room = empty((max(size, self.room_size),), kind, self.device)
             self.whole_gradient = self.room[:size].view(self.parts, self.C)
         view = self.view(p, self.whole_gradient)
         if p.grad is not None:
@@ -187,11 +190,12 @@ class Flat:
         elif p not in self.held:
             view.zero_()
 
-    def start_reduce(self) -> Callable[[], Tensor]:
-        """Sum ``whole_gradient`` over ranks; returns what waits and gives the own chunk, (C,)."""
+    def start_reduce(self, out: Tensor | None = None) -> Callable[[], Tensor]:
+        """Sum ``whole_gradient`` over ranks; returns what waits and gives the own chunk, (C,): in ``out`` if that is
+        given and the flat is cut, else in its own memory."""
         whole = self.whole_gradient
         if self.parts > 1:
-            return start_reduce_scatter(whole, self.group, self.tag + 1, self.scale)
+            return start_reduce_scatter(whole, self.group, self.tag + 1, self.scale, out)
         work = dist.all_reduce(whole, group=self.group, async_op=True) if rank_and_size(self.group)[1] > 1 else None
         return lambda: (work and work.wait(), whole[0])[1]
 
@@ -282,9 +286,15 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.parse_args()
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

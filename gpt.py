@@ -8,7 +8,8 @@ Formula   x   = W_e[token] + W_p[position]
           MLP(x) = W_2 gelu(W_1 x + b_1) + b_2,   logits = LayerNorm(x) W_e^T        the head is tied to W_e
 Shapes    tokens (B, T) -> x (B, T, D) -> logits (B, T, V)
 Omits     dropout on attention weights; GPT-3's locally banded sparse layers (its sizes are here).
-Run       python gpt.py    published sizes; then a tiny GPT learns the Zen of Python by heart: half a minute
+Run       python gpt.py    published sizes; then a tiny GPT learns the Zen of Python by heart: half a minute;
+          ends with "max |cached - uncached logits| = ..."
 Test      pytest tests/test_gpt.py
 """
 
@@ -46,8 +47,7 @@ class GPTConfig:
             if not isinstance(size := getattr(self, name), int) or size < 1:
                 raise ValueError(f"{name} must be a whole number and at least 1, got {size!r}")
         if self.d_model % self.n_heads:
-            raise ValueError("n_heads must divide d_model, "
-                             f"got {self.n_heads} heads and width {self.d_model}")
+            raise ValueError(f"n_heads must divide d_model, got {self.n_heads} heads and width {self.d_model}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -310,7 +310,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, attention: Callable = attention) -> "GPT":
-        """Read ``config.json`` and ``model.safetensors`` or its shards: a GPT in fp32, in evaluation mode."""
+        """Read ``config.json`` and ``model.safetensors`` or its shards: a GPT in fp32, in evaluation mode.
+
+        Raises ValueError for another model or a damaged file.
+        """
         directory, state = Path(directory), {}
         config, theirs = _read_config(directory), _read_tensors(directory)
         with torch.device("meta"):  # nothing is drawn at random only to be overwritten
@@ -318,12 +321,12 @@ class GPT(nn.Module):
         for name, p in model.named_parameters():
             their_name = _hugging_face_name(name)
             if their_name not in theirs:
-                raise ValueError(f"{directory}: tensor {their_name} is missing; is this a GPT-2 model?")
+                raise ValueError(f"{directory}: tensor {their_name} is missing: is this a GPT-2 model?")
             w = theirs.pop(their_name).float()
             if p.dim() == 2 and "embedding" not in name:
                 w = w.t()  # Hugging Face's Conv1D keeps (in, out)
             if w.shape != p.shape:
-                raise ValueError(f"{directory}: {their_name} gives {tuple(w.shape)}, "
+                raise ValueError(f"{directory}: {their_name} has shape {tuple(w.shape)}, "
                                  f"config.json says {tuple(p.shape)}")
             if ".qkv." in name:
                 w = w.unflatten(0, (3, config.n_heads, -1)).transpose(0, 1).flatten(0, 2)  # by head
@@ -397,9 +400,9 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         try:
             tensors |= safetensors.torch.load_file(file)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{file}: {error}; damaged or cut short, copy it again") from None
+            raise ValueError(f"{file}: {error}: damaged or cut short, copy it again") from None
     if not tensors:
-        raise ValueError(f"{directory}: no model*.safetensors is there; copy it beside config.json")
+        raise ValueError(f"{directory}: no model*.safetensors is there: copy it beside config.json")
     return {name.removeprefix("transformer."): w for name, w in tensors.items()}
 
 
@@ -416,8 +419,8 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 # --- 5. demo --------------------------------------------------------------------------------
 
 def main(steps: int, seed: int) -> None:
-    if steps < 1 or not 0 <= seed < 2**63:
-        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
+    if steps < 1 or not 0 <= seed < 2**32:
+        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^32 - 1, got {steps} and {seed}")
     for name, config in PRESETS.items():
         print(f"{name:12} {count_parameters(config):>15,} parameters, "
               f"{flops_per_token(config):.2e} FLOPs per training token")
@@ -434,12 +437,12 @@ def main(steps: int, seed: int) -> None:
         loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
         optimizer.zero_grad()
         loss.backward()
-        # a warm-up, then down to zero
+        # A warm-up, then down to 0.
         optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 40, 1 - step / steps)
         optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step == 0 or (step + 1) % 50 == 0 or step == steps - 1:
             expected = f"   (expected ln V = {math.log(128):.3f})" if step == 0 else ""
-            print(f"step {step:4}   loss {loss:.3f}{expected}")
+            print(f"step {step + 1:5}/{steps}   loss {loss:.3f}{expected}")
 
     model.eval()
     tokens, cache = text[None, :16], model.new_cache(1, config.context)

@@ -111,6 +111,8 @@ def make_labeller(answers: Iterable[str]) -> Labeller:
 # --- 3. demo --------------------------------------------------------------------------------
 
 def main(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
     pairs = default_questions()
     labeller, draw = make_labeller(answer for _, answer in pairs), random.Random(seed)
     others = [answer for _, answer in pairs]
@@ -133,14 +135,13 @@ def main(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the damage (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--seed", type=int, default=0, help="of the damage (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"labeller.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))

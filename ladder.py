@@ -6,14 +6,13 @@ Formula   L(N, D) = E + A / N^alpha + B / D^beta                               C
           L(N, D) = ((Nc / N)^(alpha_N / alpha_D) + Dc / D)^alpha_D            Kaplan's
           Both are fitted; the one that fits the ladder better is read at the larger N.
 Shapes    runs (n, 3): N parameters with embeddings, D tokens, held-out loss in nats per token
-Omits     a search for each width's best learning rate; several seeds
-Run       python ladder.py      or python scaling.py --measure: minutes on two cores
+Omits     a search for each width's best learning rate; several seeds.
+Run       python ladder.py    a law, a prediction, its test: five minutes on two cores; also python scaling.py --measure
 Test      pytest tests/test_ladder.py
 """
 
 import argparse
 import copy
-import math
 import multiprocessing
 import os
 import time
@@ -90,16 +89,18 @@ def show_measure(tokens: float = TOKENS, plot: str | None = None, seed: int = 0)
     import tokenizer
 
     least = 40 * BATCH * CONTEXT  # twenty steps at the first mark
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
     if not least <= tokens < 1e9:
         raise ValueError(f"--tokens must be at least {least} for a law, and below 1e9 for this machine, got {tokens:g}")
-    picture = scaling.figure(plot) if plot else None
+    figure = scaling.new_figure(plot, 9, 5)
     start, marks = time.perf_counter(), [int(tokens * share) for share in (0.5, 0.7, 1)]
     train, validation = data.split_documents(data.default_documents())
     encoding = tokenizer.train(train, VOCABULARY)
     line, held_out = (data.pack(part, lambda text: tokenizer.encode(encoding, text), tokenizer.eot(encoding),
                                 encoding.n_vocab) for part in (train, validation))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    print(f"{len(line):,} tokens of Python's documentation, up to {tokens / len(line):.1f} times; "
+    print(f"{len(line):,} tokens of Python's documentation, read up to {tokens / len(line):.1f} times; "
           f"{len(held_out):,} held out; {cores} cores", flush=True)
     # One process per core: models this small leave a second thread idle. The widest first.
     with ProcessPoolExecutor(min(cores, len(LADDER)), multiprocessing.get_context("spawn")) as pool:
@@ -123,8 +124,8 @@ def show_measure(tokens: float = TOKENS, plot: str | None = None, seed: int = 0)
     print(f"predicted before it is trained: {N:,} parameters ({N / runs[:, 0].max():.1f} times the largest), "
           f"{D:,} tokens: {predicted:.4f}", flush=True)
     actual = train_width(TARGET, line, held_out, marks[-1:], cores, seed)[0][2]
-    if picture:
-        figure, axes = picture
+    if figure is not None:
+        axes = figure.add_subplot()
         sizes = np.geomspace(runs[0, 0], N, 50)
         for tokens_seen in np.unique(runs[:, 1]):
             points = runs[runs[:, 1] == tokens_seen]
@@ -144,10 +145,13 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--tokens", type=float, default=TOKENS, help="of each run (default %(default)g)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights and order of the data (default 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of initial weights and order of the data (default %(default)s)")
     try:
         show_measure(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -1,7 +1,7 @@
 """A language model on a layout of processes: data, tensor, pipeline, context, expert parallelism and ZeRO at once.
 
 Idea      Each kind of parallelism is a file of its own and knows nothing of the others. Here they are put together, in
-          the one order in which they fit: experts are dealt out, and the sequence, matrices are cut, blocks become
+          the one order in which they fit: experts and the sequence are dealt out, matrices are cut, blocks become
           stages, and what remains on a process is kept equal with its replicas, or divided among them (ZeRO). From
           outside it is a model with an optimizer: batches in, a loss out, a step; its numbers are those of one process.
 Formula   processes = pp * dp * ep * cp * tp; the batch is divided over dp * ep of them.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,20 +66,20 @@ def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
     width = model.get("d_ff") or (4 * model["d_model"] if kind == "gpt" else None)
     fitting = [P for P in range(1, H + 1) if H % P == 0 and (width or P) % P == 0 and (Hkv % P == 0 or P % Hkv == 0)]
     if sizes.tp not in fitting:
-        raise ValueError(f"--tp={sizes.tp} cannot share {H} heads, {Hkv} key and value heads and {width} hidden units; "
+        raise ValueError(f"--tp={sizes.tp} cannot share {H} heads, {Hkv} key and value heads and {width} hidden units: "
                          f"{', '.join(map(str, fitting))} can")
     if sizes.pp > L:
         raise ValueError(f"--pp={sizes.pp} stages need as many blocks, the model has {L}: --pp={L} at most")
     if sizes.cp > 1 and T % (2 * sizes.cp):
-        raise ValueError(f"--cp={sizes.cp} needs a context that 2 * {sizes.cp} divides, {T} is not: "
-                         f"{T // (2 * sizes.cp) * 2 * sizes.cp or 2 * sizes.cp} is")
+        raise ValueError(f"--cp={sizes.cp} needs a --context that 2 * {sizes.cp} divides, got {T}: "
+                         f"{T // (2 * sizes.cp) * 2 * sizes.cp or 2 * sizes.cp} is one")
     if sizes.sequence and (sizes.tp == 1 or T // sizes.cp % sizes.tp):
-        raise ValueError(f"--sequence divides {T // sizes.cp} positions over --tp={sizes.tp}: tp has to be more than 1 "
+        raise ValueError(f"--sequence divides {T // sizes.cp} positions over --tp={sizes.tp}: --tp must be at least 2 "
                          f"and divide them")
     E = model.get("experts", {}).get("n_experts", 0)
     if sizes.ep > 1 and (not E or E % sizes.ep):
         fitting = [P for P in range(1, E + 1) if E % P == 0]
-        raise ValueError(f"--ep={sizes.ep} does not divide {E} experts; "
+        raise ValueError(f"--ep={sizes.ep} does not divide {E} experts: "
                          + (f"{', '.join(map(str, fitting))} do" if E else "only --model=moe has any"))
     if E and (sizes.cp > 1 or sizes.pp > 1 or sizes.sequence):
         raise ValueError("experts are balanced over whole texts: a moe takes --dp, --tp and --ep alone")
@@ -93,8 +92,8 @@ def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
 
 
 def bytes_needed(N: int, sizes: Grid) -> float:
-    """Of fp32 weights, gradients and AdamW's moments on one process, about: 16 N if nothing is divided. With
-    ``offload``, without the moments, which are then not on its device."""
+    """About how many bytes of fp32 weights, gradients and AdamW's moments one process has: 16 N if nothing is divided.
+    With ``offload``, without the moments, which are then not on its device."""
     P, here = sizes.dp * sizes.cp, N / (sizes.tp * sizes.pp)  # ZeRO's processes; weights are not cut by cp
     divided = {0: 0, 1: 8, 2: 12, 3: 16}[sizes.zero]  # of 16 bytes per parameter
     return here * (16 - divided + (divided - 8 * sizes.offload) / P)
@@ -127,6 +126,7 @@ class ParallelModel:
         timeout: seconds after which a silent process counts as lost.
         initialise: for a model on the meta device, with ZeRO's stage 3 and no other cut: draws its values, of which no
             process ever has more than one parameter whole.
+        device: where a model on the meta device goes.
 
     Attributes:
         model: what this process runs.
@@ -223,7 +223,7 @@ class ParallelModel:
             groups.setdefault(repr(its), {"params": [], **its})["params"].append(p)
         self.optimizer = optimizer(list(groups.values()))
 
-    # --- a step
+    # --- a step ---
 
     def _quiet(self, quiet: bool = True) -> contextlib.ExitStack:
         """A context in which gradients stay on their process."""
@@ -312,7 +312,7 @@ class ParallelModel:
         return norm.item()
 
     def _holders(self, name: str) -> int:
-        """Of all processes, those that have the same elements of this gradient."""
+        """How many of all processes have the same elements of this gradient."""
         s = self.sizes
         replicas = 1 if self.zero else s.dp * s.cp * (1 if name in self.experts else s.ep)
         return self.places[name].holders * replicas
@@ -355,13 +355,13 @@ class ParallelModel:
         self.model.train()
         return loss.item()
 
-    # --- checkpoints
+    # --- checkpoints ---
 
     def tensors(self, states: dict[str, tuple[int, ...]] | None = None) -> dict[str, dict]:
         """What this process holds, as ``checkpoint.save`` and ``load_into`` take it: parameters and optimizer states.
 
         ``states``: ``checkpoint.shapes`` of what will be loaded: room for the states in it is made. None, to save: then
-        the end of a pipeline leaves what it is tied to to the beginning.
+        the last stage of a pipeline leaves a tied parameter to the first.
         """
         from pieces import pieces_of
 
@@ -423,7 +423,7 @@ def main(preset: str, processes: int) -> None:
             fitting.append(sizes)
         except ValueError:
             refused += 1
-    print(f"{preset}: {N:,} parameters on {processes} processes; without activations, about")
+    print(f"{preset}: {N:,} parameters on {processes} processes; memory without that of activations, about:")
     print("  dp  tp  pp  cp  ep  zero   GB a process   flags of train.py")
     for s in sorted(fitting, key=lambda s: (bytes_needed(N, s), s.tp * s.pp * s.cp))[:12]:
         flags = " ".join(f"--{name} {getattr(s, name)}" for name in ("tp", "pp", "cp", "ep", "zero")
@@ -437,15 +437,19 @@ def main(preset: str, processes: int) -> None:
 if __name__ == "__main__":
     from config import PRESETS
 
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny_cpu", help="whose model (default tiny_cpu)")
-    parser.add_argument("--processes", type=int, default=8, help="to lay out (default 8)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--preset", choices=PRESETS, default="tiny_cpu", help="whose model (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=8, help="to lay out (default %(default)s)")
     options = parser.parse_args()
     if not 1 <= options.processes <= 4096:
-        parser.exit(2, f"layout.py: --processes must be in 1 .. 4096, got {options.processes}\n")
+        parser.error(f"--processes must be in 1 .. 4096, got {options.processes}")
     try:
         main(**vars(options))
     except KeyboardInterrupt:
         parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -11,7 +11,8 @@ Formula   x = x + W_o Attention(rope(W_q n), rope(W_k n), W_v n),   n = RMSNorm(
 Shapes    tokens (B, T) -> x (B, T, D) -> logits (B, T, V);   cache (B, Hkv, S, Dh) per layer, twice
 Omits     rope scalings other than Llama 3.1's, biases, a cache that forgets what is behind the sliding window;
           how the published weights are stored: weights.py.
-Run       python llama.py    published sizes, RoPE's property; then a tiny Llama learns by heart: half a minute
+Run       python llama.py    published sizes, RoPE's property; then a tiny Llama learns by heart: half a minute;
+          ends with "max |cached - uncached logits| = ..."
 Test      pytest tests/test_llama.py
 """
 
@@ -60,7 +61,7 @@ class LlamaConfig:
             if not (isinstance(size, int) and size >= 1 or size is None and name in optional):
                 raise ValueError(f"{name} must be a whole number and at least 1, got {size!r}")
         if self.d_head is None and self.d_model % self.n_heads:
-            raise ValueError(f"n_heads must divide d_model, got {self.n_heads} heads and width {self.d_model}; "
+            raise ValueError(f"n_heads must divide d_model, got {self.n_heads} heads and width {self.d_model}: "
                              "or give d_head")
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
         self.d_head = self.d_model // self.n_heads if self.d_head is None else self.d_head
@@ -68,7 +69,7 @@ class LlamaConfig:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads must divide n_heads, got {self.n_kv_heads} and {self.n_heads}")
         if self.d_head % 2:
-            raise ValueError(f"d_head must be even, for rope turns pairs; got {self.d_head}")
+            raise ValueError(f"d_head must be even (rope turns pairs), got {self.d_head}")
         if self.rope_factor is not None and not (
                 self.rope_factor >= 1 and 0 < self.rope_low_frequency < self.rope_high_frequency):
             raise ValueError("rope scaling needs a factor of at least 1 and low < high frequency, got factor "
@@ -536,8 +537,8 @@ def _control_tokens(encoding: tiktoken.Encoding, *names: str) -> list[int]:
 # --- 7. demo --------------------------------------------------------------------------------
 
 def main(steps: int, seed: int) -> None:
-    if steps < 1 or not 0 <= seed < 2**63:
-        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
+    if steps < 1 or not 0 <= seed < 2**32:
+        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^32 - 1, got {steps} and {seed}")
     for name, config in PRESETS.items():
         cache = 2 * config.n_layers * config.n_kv_heads * config.d_head * 2  # bytes in bf16
         print(f"{name:12} {config.count_parameters():>15,} parameters, {config.flops_per_token():.2e} FLOPs per "
@@ -552,6 +553,7 @@ def main(steps: int, seed: int) -> None:
     def score(t: int, s: int) -> float:
         q_t, k_s = (rope(x, rotations(position, 1, x.device)) for x, position in ((q, t), (k, s)))
         return (q_t * k_s).sum().item()
+
     print(f"\nq at 9, k at 4: score {score(9, 4):.5f}; at 1009 and 1004: {score(1009, 1004):.5f}   "
           "(expected: the same, for the distance is)")
 
@@ -565,12 +567,12 @@ def main(steps: int, seed: int) -> None:
         loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
         optimizer.zero_grad()
         loss.backward()
-        # a warm-up, then down to zero
+        # A warm-up, then down to 0.
         optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 40, 1 - step / steps)
         optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step == 0 or (step + 1) % 50 == 0 or step == steps - 1:
             expected = f"   (expected ln V = {math.log(128):.3f})" if step == 0 else ""
-            print(f"step {step:4}   loss {loss:.3f}{expected}")
+            print(f"step {step + 1:5}/{steps}   loss {loss:.3f}{expected}")
 
     model.eval()
     tokens, cache = text[None, :16], model.new_cache(1, config.context)

@@ -1,4 +1,4 @@
-"""Masked language modelling: hide some tokens, learn to tell them.   Devlin et al. 2019 (1810.04805)
+"""Masked language modelling: hide some tokens, learn to guess them.   Devlin et al. 2019 (1810.04805)
 
 Idea      Text labels itself: a hidden token is its own target, and two runs of sentences either follow each other or
           do not. From documents come pairs, from pairs rows, from rows what the model sees and what it shall say.
@@ -14,7 +14,6 @@ Test      pytest tests/test_masked_lm.py
 import argparse
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Protocol
@@ -195,7 +194,7 @@ def pretrain(model: nn.Module, batches: Iterator[tuple[Tensor, ...]], steps: int
 
 @torch.no_grad()
 def pretraining_accuracy(model: nn.Module, batches: Iterator[tuple[Tensor, ...]], n: int) -> tuple[float, float]:
-    """The shares of hidden tokens, and of "does B follow A", that are told right, over n batches."""
+    """The shares of hidden tokens, and of "does B follow A", that are guessed right, over n batches."""
     right = torch.zeros(2, 2)  # (task, (right, all))
     for tokens, segments, real, targets, labels in islice(batches, n):
         masked, following = model(tokens, segments, real, targets != IGNORE)
@@ -214,6 +213,8 @@ def split_sentences(document: str) -> list[str]:
 def main(data: str | None, vocab_size: int, whole_words: bool, seed: int) -> None:
     from data import default_documents, read_documents
     from wordpiece import WordPiece, train_wordpiece
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
     texts = default_documents() if data is None else list(read_documents(data))
     tokenizer = WordPiece(train_wordpiece(texts, vocab_size))
     documents = [[tokenizer.encode(sentence) for sentence in split_sentences(text)] for text in texts]
@@ -237,6 +238,7 @@ def main(data: str | None, vocab_size: int, whole_words: bool, seed: int) -> Non
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="V (default %(default)s)")
     parser.add_argument("--whole_words", action="store_true", help="hide all pieces of a word together")
@@ -244,7 +246,8 @@ if __name__ == "__main__":
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        sys.exit(130)
-    except ValueError as error:
-        print(f"masked_lm.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -19,7 +19,6 @@ Test      pytest tests/test_mixture.py
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -53,7 +52,7 @@ def proportions(tokens: Mapping[str, float], weights: Mapping[str, float] | None
     Args:
         tokens: what each source has.
         weights: wanted shares, in any unit; not together with epochs.
-        epochs: how often each source is to be seen while others are seen as often as theirs says. Neither: each once.
+        epochs: how often each source is seen, beside the others. Neither weights nor epochs: each once.
         temperature: above 1 it draws the shares together, below it apart.
 
     Raises ValueError for other names than those of tokens, for numbers that are not finite and positive.
@@ -67,7 +66,7 @@ def proportions(tokens: Mapping[str, float], weights: Mapping[str, float] | None
     for name in tokens:
         if not (0 < tokens[name] < np.inf and 0 < chosen[name] < np.inf):
             raise ValueError(f"{name}: {tokens[name]} tokens, weight or epochs {chosen[name]}: both must be positive "
-                             "and finite; leave out a source that is not wanted")
+                             "and finite: leave out a source that is not wanted")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     wanted = np.array([chosen[name] * (1.0 if weights is not None else tokens[name]) for name in tokens])
@@ -119,7 +118,7 @@ class Mixture:
     Args:
         sources: name -> Source; their batches are alike but for the number of rows.
         shares: name -> p_s, as of ``proportions``.
-        seed: of the order of the sources, in [0, 2^32). Each source has its own order.
+        seed: of the order of the sources, in 0 .. 2^32 - 1. Each source has its own order.
         block: R, the number of examples that hold exactly the wanted proportions.
     """
 
@@ -129,9 +128,10 @@ class Mixture:
                              "want the same names, at least one")
         least, total = min(shares.values()), sum(shares.values())
         if not (least > 0 and abs(total - 1) <= 1e-6):  # NaN is refused, too
-            raise ValueError(f"shares must be positive and add up to 1, the least is {least:.3g}, the sum {total:.6g}")
+            raise ValueError(f"shares must be positive and add up to 1, got a least of {least:.3g} and "
+                             f"a sum of {total:.6g}")
         if block < 1 or not 0 <= seed < 2**32:
-            raise ValueError(f"block must be >= 1 and seed in 0 .. 2^32 - 1, got {block} and {seed}")
+            raise ValueError(f"block must be at least 1 and seed in 0 .. 2^32 - 1, got {block} and {seed}")
         self.sources, self.seed, self.block = dict(sources), seed, block
         self.names = list(self.sources)
         self.quotas = quotas([shares[name] for name in self.names], block)  # (sources,)
@@ -139,18 +139,18 @@ class Mixture:
 
     def draw(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The source (a place in ``names``) of examples start to start + count - 1, and which of the source's examples
-        each is: (count,) each. ValueError unless start >= 0 and count >= 1. Costs one block, wherever it begins."""
+        each is: (count,) each. ValueError for a start below 0 or a count below 1. Costs one block, wherever."""
         if start < 0 or count < 1:
-            raise ValueError(f"a batch needs start >= 0 and count >= 1, got {start} and {count}")
+            raise ValueError(f"start must be at least 0 and count at least 1, got {start} and {count}")
         source, example = np.empty((2, count), dtype=np.int64)  # (count,) each
         done = 0
         while done < count:
             number, place = divmod(start + done, self.block)
             if number != self._number:
                 self._number, self._order = number, _block(self.quotas, self.seed, number)
-                # Its turn among those of its source: place in a stable sort, less where its source begins there.
-                rank = np.argsort(np.argsort(self._order, kind="stable"))
-                self._before = rank - (np.cumsum(self.quotas) - self.quotas)[self._order]
+                # How many of its source come before it: its place in a stable sort, less where its source begins there.
+                sorted_place = np.argsort(np.argsort(self._order, kind="stable"))
+                self._before = sorted_place - (np.cumsum(self.quotas) - self.quotas)[self._order]
             n = min(count - done, self.block - place)
             source[done:done + n] = self._order[place:place + n]
             example[done:done + n] = number * self.quotas[source[done:done + n]] + self._before[place:place + n]
@@ -197,8 +197,9 @@ def _python_itself() -> dict[str, list[str]]:
     from pydoc_data.topics import topics
     from data import default_documents
     prose = [topic.strip() for topic in topics.values()]
+    known = set(prose)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]
-    return {"prose": prose, "docstrings": [d for d in default_documents() if d not in set(prose)],
+    return {"prose": prose, "docstrings": [d for d in default_documents() if d not in known],
             "code": [file.read_text(encoding="utf-8", errors="replace") for file in files]}
 
 
@@ -249,6 +250,7 @@ def main(data: str | None, weights: str | None, epochs: str | None, temperature:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="name=files,name=files, files such as 'my/*.txt' (default: Python's own)")
     parser.add_argument("--weights", help="name=share,... in any unit (default: each source once)")
     parser.add_argument("--epochs", help="name=times,... in place of --weights")
@@ -259,7 +261,8 @@ if __name__ == "__main__":
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        sys.exit(130)
-    except ValueError as error:
-        print(f"mixture.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -4,7 +4,7 @@ Idea      train.py and decode.py work on any model of the contract (embed, block
           its kind and its sizes; both stand in a checkpoint. This is the one place that knows the kinds.
 Formula   FLOPs of a training step per token: 6 per weight that a token meets, and attention's; of experts it meets K.
 Shapes    tokens (B, T) -> logits (B, T, V), for all of them
-Omits     encoders (bert.py) and encoder-decoders (transformer.py): they are no language models in this sense.
+Omits     encoders (bert.py) and encoder-decoders (transformer.py, t5.py): they are no language models in this sense.
 Run       python models.py    sizes of all presets; ends with "max |counted - made| = 0 parameters ..."
 Test      pytest tests/test_models.py
 """
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 KINDS = ("gpt", "llama", "moe")
 
+
+# --- 1. the models ---------------------------------------------------------------------------
 
 def describe(settings, vocab_size: int) -> dict:
     """The sizes of the model that a run's settings (config.TrainConfig) ask for, as ``build`` takes them.
@@ -63,7 +64,7 @@ def build(kind: str, sizes: dict, attention: Callable | None = None, generator: 
     options = {} if attention is None else {"attention": attention}
     sizes = dict(sizes)
     if kind not in KINDS:
-        raise ValueError(f"a model is one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(f"model must be one of {', '.join(KINDS)}, got {kind!r}")
     try:
         with torch.device(device), _NothingDrawn() if device == "meta" else contextlib.nullcontext():
             if kind == "gpt":
@@ -126,8 +127,10 @@ def from_pretrained(directory: str | Path) -> nn.Module:
         from llama import Llama
         from moe import experts_of
         return Llama.from_pretrained(directory, mlp=experts_of(directory))
-    raise ValueError(f"{directory}: model_type is {kind!r}; gpt2, llama, mistral, mixtral and olmoe can be read")
+    raise ValueError(f"{directory}: model_type is {kind!r}: gpt2, llama, mistral, mixtral and olmoe can be read")
 
+
+# --- 2. demo ---------------------------------------------------------------------------------
 
 def main() -> None:
     from config import PRESETS, TrainConfig
@@ -147,8 +150,13 @@ def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.parse_args()  # --help, and nothing to set
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -17,12 +17,14 @@ Shapes    x (B, T, D) -> N = B T tokens -> A = N K assignments (token, expert, w
 Omits     choice limited to a few nodes (DeepSeek's groups), jitter of the router's input, experts cut in parts.
 Run       python moe.py    what each loss prevents, on a small Llama of experts: about 20 s
           python moe.py --plot experts.png    how often each expert is visited, as a picture
+          Ends with "balancing loss and bias spread the visits: ..."
 Test      pytest tests/test_moe.py
 """
 
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,7 +94,7 @@ def _check_router(router: str, k: int, E: int) -> None:
     if router not in ROUTERS:
         raise ValueError(f"router must be one of {', '.join(ROUTERS)}, got {router!r}")
     if not 1 <= k <= E:
-        raise ValueError(f"k must be at least 1 and at most n_experts, got {k} of {E}")
+        raise ValueError(f"k must be in 1 .. n_experts, got {k} of {E}")
 
 
 def _within_capacity(chosen: Tensor, E: int, capacity: int) -> Tensor:
@@ -122,6 +124,8 @@ def naive_experts(x: Tensor, assigned: Assignments, gate_up: Tensor, down: Tenso
 
 def grouped_experts(x: Tensor, assigned: Assignments, gate_up: Tensor, down: Tensor) -> Tensor:
     """``naive_experts``, sorted by expert: then each expert is two matrix products, and no expert runs in vain."""
+    if len(x) == 1 and x.device.type == "cpu":  # decoding: one token visits no expert twice, nothing to sort
+        return naive_experts(x, assigned, gate_up, down)
     order = assigned.expert.argsort(stable=True)
     token = assigned.token[order]
     # index_select: its backward adds rows, where x[token]'s adds numbers
@@ -355,7 +359,7 @@ def experts_of(directory: str | Path) -> Callable[..., MoE]:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{directory} is neither a Mixtral nor an OLMoE: config.json: {error!r}") from None
     if k == 1 and router == "softmax_after":
-        raise ValueError(f"{directory}: one expert per token with weight 1 leaves its router without gradient; "
+        raise ValueError(f"{directory}: one expert per token with weight 1 leaves its router without gradient: "
                          "not computed here")
     return lambda c: MoE(c.d_model, c.d_ff, n_experts, k, router, balance=balance, z=0.0, like=like)
 
@@ -432,17 +436,26 @@ def model_size(model: nn.Module, context: int | None = None) -> Size:
 
 # --- 6. demo --------------------------------------------------------------------------------
 
-def _figure(path: str):
-    """An empty picture, written once: what cannot be drawn is known before the work, not after it."""
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure((12.8, 3.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # no such folder, no such format
-        raise ValueError(f"{path}: cannot be drawn: {error}") from None
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
     return figure
 
 
@@ -457,11 +470,11 @@ def _draw(figure, shares: dict[str, Tensor]) -> None:
 
 
 def main(steps: int, n_experts: int, k: int, seed: int, plot: str | None = None) -> None:
-    if steps < 1 or not 0 <= seed < 2**63:
-        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
+    if steps < 1 or not 0 <= seed < 2**32:
+        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^32 - 1, got {steps} and {seed}")
     from llama import Llama, LlamaConfig, next_token_loss
 
-    figure = _figure(plot) if plot else None
+    figure = new_figure(plot, 12.8, 3.2)
     text = torch.tensor(list(subprocess.check_output([sys.executable, "-m", "this"])))  # (857,) bytes
     config = LlamaConfig(128, 32, 2, 4, 4, 64, 64, rope_base=1e4, tied=True)
     ways = {"nothing": {}, "balancing loss": {"balance": 0.05}, "bias": {"router": "sigmoid"}, "z-loss": {"z": 0.01}}
@@ -491,9 +504,9 @@ def main(steps: int, n_experts: int, k: int, seed: int, plot: str | None = None)
                 share = counts / counts.sum(-1, keepdim=True)
                 shown = " ".join(f"{100 * s:3.0f}" for s in sorted(share[0].tolist()))
                 largest[way] = router_z_loss(seen["logits"]).sqrt().item()
-                print(f"{way:15} {step:4}   {loss:5.2f}   {largest[way]:23.2f}   {shown}")
+                print(f"{way:15} {step + 1:4}   {loss:5.2f}   {largest[way]:23.2f}   {shown}")
         busiest[way] = share.amax().item() * n_experts
-    if plot:
+    if figure is not None:
         _draw(figure, {way: torch.stack(shares).cpu() for way, shares in drawn.items()})
         figure.savefig(plot, dpi=100)
         print(f"drawn: {plot}")
@@ -504,18 +517,25 @@ def main(steps: int, n_experts: int, k: int, seed: int, plot: str | None = None)
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="training steps of each of four models (default 200)")
-    parser.add_argument("--n_experts", type=int, default=8, help="experts per layer (default 8)")
-    parser.add_argument("--k", type=int, default=1, help="experts per token (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw how often each expert is visited (needs matplotlib)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--steps", type=int, default=200,
+                        help="training steps of each of four models (default %(default)s)")
+    parser.add_argument("--n_experts", type=int, default=8, help="experts per layer (default %(default)s)")
+    parser.add_argument("--experts_per_token", dest="k", metavar="K", type=int, default=1,
+                        help="of them, those that a token visits (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default %(default)s)")
+    parser.add_argument("--plot", metavar="FILE.png",
+                        help="draw how often each expert is visited (needs matplotlib)")
+    options = parser.parse_args()
+    if not 1 <= options.k <= options.n_experts:
+        parser.error(f"--experts_per_token must be in 1 .. --n_experts, got {options.k} of {options.n_experts}")
     try:
-        main(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"moe.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        main(**vars(options))
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -5,8 +5,8 @@ Idea      A reward model learns from few comparisons of ordinary answers, and is
           labeller's own falls (Goodhart's law). A penalty on the KL divergence from the reference keeps the policy
           where the reward model is right.
 Formula   maximise  E[learned(y)] - beta KL(policy || reference);   watched, never learned from: E[labeller(y)]
-Shapes    answers (B, T) of word ids, begun by an end, and their mask (B, T) -> rewards (B,)
-Omits     what larger reward models and more comparisons move (the paper's laws); prompts; people.
+Shapes    answers (B, T) of word ids, each begun with an end, and their mask (B, T) -> rewards (B,)
+Omits     what larger reward models and more comparisons change (the paper's laws); prompts; people.
 Run       python overoptimisation.py           PPO without and with the penalty, as python rlhf.py: half a minute
           python overoptimisation.py --kl 0    without alone
 Test      pytest tests/test_overoptimisation.py
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Callable
 
@@ -166,11 +167,27 @@ def _draw(runs: dict[float, list[list[float]]], figure) -> None:
         axes.legend()
 
 
-def _save(figure, path: str) -> None:
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be drawn: {error}") from None
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
+    return figure
 
 
 def show_overoptimisation(kl: float, steps: int, pairs: int, seed: int, plot: str | None) -> None:
@@ -178,25 +195,19 @@ def show_overoptimisation(kl: float, steps: int, pairs: int, seed: int, plot: st
 
     Raises ValueError for settings that cannot be, and for a picture that cannot be drawn.
     """
-    if not 0 <= kl < 1e6 or steps < 1 or not 1 <= pairs <= 100_000 or not 0 <= seed < 2**63:
-        raise ValueError("--kl must be in [0, 1e6), --steps at least 1, --pairs in 1 .. 100000, --seed in 0 .. 2^63 - 1"
+    if not 0 <= kl < 1e6 or steps < 1 or not 1 <= pairs <= 100_000 or not 0 <= seed < 2**32:
+        raise ValueError("--kl must be in [0, 1e6), --steps at least 1, --pairs in 1 .. 100000, --seed in 0 .. 2^32 - 1"
                          f", got {kl}, {steps}, {pairs} and {seed}")
-    if plot:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-        figure = Figure(figsize=(5 + 5 * (kl > 0), 4), layout="constrained")
-        _save(figure, plot)  # a path that cannot be written fails now, not in the end
+    figure = new_figure(plot, 5 + 5 * (kl > 0), 4)
     generator = torch.Generator().manual_seed(seed)
     reference = fine_tuned(generator)
     reward_model, seen, best = learned_reward(reference, pairs, generator)
-    print(f"reward model from {pairs} comparisons: right about {seen:.2f} of 1,000 more "
-          f"(the labeller's rule: {best:.2f})")
+    print(f"reward model from {pairs} comparisons: right on {seen:.1%} of 1,000 held-out pairs "
+          f"(the labeller's rule: {best:.1%})")
     runs = {beta: optimise(reference, reward_model, beta, steps, seed) for beta in sorted({0.0, kl})}
-    if plot:
+    if figure is not None:
         _draw(runs, figure)
-        _save(figure, plot)
+        figure.savefig(plot)
         print(f"drawn: {plot}")
     (_, learned, gold), (divergence, fooled, fallen) = runs[0.0][0], runs[0.0][-1]
     verdict = (f"\nkl 0, {divergence:.1f} nats away: learned reward {learned:.2f} -> {fooled:.2f} (expected up), "
@@ -207,28 +218,31 @@ def show_overoptimisation(kl: float, steps: int, pairs: int, seed: int, plot: st
         verdict += (f"\nkl {kl:g}, {divergence:.1f} nats away: learned reward {learned:.2f} -> {believed:.2f}, "
                     f"labeller's {gold:.2f} -> {held:.2f} (expected both up)")
         as_expected = as_expected and believed > learned and held > gold
-    print(verdict + (": OK" if as_expected else ": NOT as expected (it takes some 30 steps, and a --kl near 0.2)"))
+    print(verdict + (": OK" if as_expected else ": WRONG (it takes some 30 steps, and a --kl near 0.2)"))
 
 
 def main(program: str) -> None:
     """The command line, under the name of the file that was started."""
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(prog=program, usage=argparse.SUPPRESS,
                                      description=sys.modules["__main__"].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kl", type=float, default=0.2, help="price of a nat of KL divergence; 0: the run without "
-                                                              "penalty alone (default 0.2)")
-    parser.add_argument("--steps", type=int, default=40, help="PPO updates, of 128 answers each (default 40)")
-    parser.add_argument("--pairs", type=int, default=300, help="comparisons for the reward model (default 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, answers and labels (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--kl", type=float, default=0.2,
+                        help="price of a nat of KL divergence; 0: the run without penalty alone (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=40,
+                        help="PPO updates, of 128 answers each (default %(default)s)")
+    parser.add_argument("--pairs", type=int, default=300,
+                        help="comparisons for the reward model (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, answers and labels (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw both rewards against KL (needs matplotlib)")
     try:
         show_overoptimisation(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")
 
 
 if __name__ == "__main__":

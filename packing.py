@@ -8,14 +8,14 @@ Idea      A model reads contexts of T tokens; documents have any length. Joined 
           The tokens lie in a file that is mapped, not read: it may be larger than memory.
 Formula   waste        = 1 - (sum of lengths) / (contexts * T)
           best fit     : context(d) = argmin over { c : space(c) >= n_d } of space(c), ties to the oldest
-          query i sees key j  <=>  j <= i and document(i) = document(j); pieces of one document are two
+          query i sees key j  <=>  j <= i and document(i) = document(j); two pieces of a text are two documents
           input t + 1 of a document = its token t, input 0 = eot: every token is a target exactly once
           validation  <=>  document_hash(text) < held_out
 Shapes    documents (n_d,) -> one line of tokens (N,) uint16 or uint32 and ends (documents,) uint64 on the disk
           -> inputs, targets, document ids (B, T); mask (B, 1, T, T)
           model(inputs, PackedRows(document ids)): attention and positions of each document as if it stood alone
-Omits     skipping what the mask hides (flash_attn.py does, given ``ids``); a dictionary of documents (what a
-          document was called is not kept).
+Omits     skipping what the mask hides (flash_attn.py does, given ``ids``); names of documents: only their order
+          is kept.
 Run       python packing.py                      Python's documentation, 3 s; ends with "refused by name: True"
           python packing.py --data 'my/*.txt' --context 1024 --out tokens
 Test      pytest tests/test_packing.py
@@ -28,7 +28,6 @@ import heapq
 import os
 import shutil
 import struct
-import sys
 import tempfile
 import uuid
 from array import array
@@ -41,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the target that F.cross_entropy leaves out
+IGNORED = -100  # a target that no loss counts; cross_entropy's own default
 
 
 class ShardError(ValueError):
@@ -72,7 +71,7 @@ class ShardWriter:
 
     def __init__(self, path: str | os.PathLike, vocab_size: int):
         if not 1 <= vocab_size < 2**32:
-            raise ValueError(f"vocab_size must be in [1, 2^32), got {vocab_size}")
+            raise ValueError(f"vocab_size must be in 1 .. 2^32 - 1, got {vocab_size}")
         self.path, self.vocab_size, self.ends, self.n_tokens = os.fspath(path), vocab_size, array("Q"), 0
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._beside, self._hash = f"{self.path}.{uuid.uuid4().hex}.tmp", hashlib.blake2b(digest_size=16)
@@ -95,7 +94,8 @@ class ShardWriter:
         if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
             raise ValueError(f"a document must be integers of shape (n,), n >= 1, got {tokens.dtype} {tokens.shape}")
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise ValueError(f"tokens {tokens.min()} ... {tokens.max()} exceed vocab_size {self.vocab_size}")
+            raise ValueError(f"token ids {tokens.min()} .. {tokens.max()} are not all in the vocabulary, "
+                             f"0 .. {self.vocab_size - 1}")
         self.n_tokens += len(tokens)
         self.ends.append(self.n_tokens)
         self._write(tokens.astype(self.dtype).tobytes())
@@ -168,21 +168,21 @@ def open_shard(path: str | os.PathLike, verify: bool = True) -> TokenShard:
         with open(path, "rb") as file:
             head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
             if head[:len(MAGIC)] != MAGIC:
-                raise ShardError(f"{path}: begins with {head[:8]!r}, not {MAGIC!r}: no file of tokens; write it with "
+                raise ShardError(f"{path}: begins with {head[:8]!r}, not {MAGIC!r}: no file of tokens: write it with "
                                  "write_shard")
             if len(head) < HEADER_BYTES or _digest(head[:HEADER.size]) != head[HEADER.size:]:
-                raise ShardError(f"{path}: the checksum of the header fails: damaged; copy or write the file again")
+                raise ShardError(f"{path}: the checksum of the header fails: damaged: copy or write the file again")
             _, n_documents, n_tokens, vocab_size, itemsize, digest = HEADER.unpack(head[:HEADER.size])
             padded = -(-n_tokens * itemsize // 8) * 8
             if size != (expected := HEADER_BYTES + padded + 8 * n_documents):
-                raise ShardError(f"{path}: has {size:,} bytes, its header says {expected:,}: cut short or grown; copy "
+                raise ShardError(f"{path}: has {size:,} bytes, its header says {expected:,}: cut short or grown: copy "
                                  "or write the file again")
             if verify:
                 found = hashlib.blake2b(digest_size=16)
                 while block := file.read(2**20):
                     found.update(block)
                 if found.digest() != digest:
-                    raise ShardError(f"{path}: the checksum of the tokens fails: damaged; copy or write the file again")
+                    raise ShardError(f"{path}: the checksum of the tokens fails: damaged: copy or write the file again")
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     whole = np.memmap(path, dtype=np.uint8, mode="r")
@@ -209,7 +209,7 @@ def write_split(folder: str | os.PathLike, documents: Iterable[str], encode: Cal
     or if a side would stay empty (data.split_documents has a rule for few documents).
     """
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be inside (0, 1), got {held_out}")
+        raise ValueError(f"held_out must be in (0, 1), got {held_out}")
     folder = Path(folder)
     if folder.exists():
         raise ShardError(f"{folder}: is there already: remove it or name another")
@@ -226,7 +226,8 @@ def write_split(folder: str | os.PathLike, documents: Iterable[str], encode: Cal
                                  f"held_out {held_out}: give more documents or another held_out")
         os.rename(beside, folder)
     except OSError as error:
-        raise ShardError(f"{folder}: cannot be written ({error.strerror}): check the folder above it") from None
+        raise ShardError(f"{folder}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                         "room on the disk") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return open_shard(folder / names[0], verify=False), open_shard(folder / names[1], verify=False)
@@ -242,8 +243,9 @@ def _pieces(lengths: np.ndarray, context: int, crossing: bool) -> tuple[np.ndarr
     line cut at each document's begin and every T tokens of the line (crossing) or of the document."""
     lengths = np.asarray(lengths)
     if context < 1 or lengths.ndim != 1 or not lengths.size or lengths.dtype.kind not in "iu" or lengths.min() < 1:
-        raise ValueError(f"want a context >= 1 and lengths (documents,) >= 1, got {context} and {lengths.dtype} "
-                         f"{lengths.shape}{f', smallest {lengths.min()}' if lengths.size else ''}")
+        raise ValueError("context must be at least 1 and lengths integers (documents,) of at least 1, "
+                         f"got {context} and {lengths.dtype} {lengths.shape}"
+                         f"{f', smallest {lengths.min()}' if lengths.size else ''}")
     lengths = lengths.astype(np.int64)
     ends = np.cumsum(lengths)
     begins = ends - lengths
@@ -346,7 +348,7 @@ class PackedContexts:
         plan: (pieces, 4), of ``shard.lengths``.
         context: T, at least the longest row of the plan.
         eot: the input before a document's first token.
-        seed: of the order, in [0, 2^32).
+        seed: of the order, in 0 .. 2^32 - 1.
         shuffle: False keeps every epoch in the order of the plan.
     """
 
@@ -355,12 +357,12 @@ class PackedContexts:
         if plan.ndim != 2 or plan.shape[1] != 4 or not len(plan):
             raise ValueError(f"a plan must be (pieces, 4) with pieces >= 1, got {plan.shape}")
         if plan.min() < 0 or (np.diff(plan[:, 0]) < 0).any():
-            raise ValueError("a plan's numbers must be >= 0, its contexts in order")
+            raise ValueError("a plan's numbers must be at least 0, its contexts in order")
         longest = int(np.bincount(plan[:, 0], plan[:, 3]).max())
         if longest > context or plan[:, 1].max() >= len(shard) or not 0 <= seed < 2**32:
             raise ValueError(f"a plan with rows of {longest} tokens and documents up to {plan[:, 1].max()} wants "
-                             f"context >= {longest}, {plan[:, 1].max() + 1} documents, a seed in [0, 2^32); "
-                             f"got {context}, {len(shard)}, {seed}")
+                             f"a context of at least {longest}, {plan[:, 1].max() + 1} documents and a seed in "
+                             f"0 .. 2^32 - 1, got {context}, {len(shard)} and {seed}")
         self.shard, self.plan, self.context, self.eot = shard, plan, context, eot
         self.seed, self.shuffle = seed, shuffle
         self._bounds = np.searchsorted(plan[:, 0], np.arange(plan[-1, 0] + 2))  # the pieces of each context
@@ -379,9 +381,9 @@ class PackedContexts:
 
     def batch(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Examples start to start + count - 1: inputs, targets (IGNORED where empty), and document ids (0, 1, ... in
-        each row, -1 where empty), each (count, T) int64. ValueError unless start >= 0 and count >= 1."""
+        each row, -1 where empty), each (count, T) int64. ValueError for a start below 0 or a count below 1."""
         if start < 0 or count < 1:
-            raise ValueError(f"a batch needs start >= 0 and count >= 1, got {start} and {count}")
+            raise ValueError(f"start must be at least 0 and count at least 1, got {start} and {count}")
         inputs, targets, ids = np.empty((3, count, self.context), dtype=np.int64)  # (count, T) each
         inputs[:], targets[:], ids[:] = self.eot, IGNORED, -1
         for i in range(count):
@@ -495,15 +497,17 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--context", type=int, default=4096, help="T, tokens per context (default %(default)s)")
     parser.add_argument("--held_out", type=float, default=0.05, help="share held out (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of contexts (default %(default)s)")
-    parser.add_argument("--out", metavar="FOLDER", help="write train.tokens and validation.tokens there")
+    parser.add_argument("--out", metavar="DIR", help="write train.tokens and validation.tokens there")
     try:
         main(**vars(parser.parse_args()))
-    except (OSError, ValueError) as error:
-        print(f"packing.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

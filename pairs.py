@@ -1,4 +1,4 @@
-"""Parallel sentences: a corpus with known word alignments, vocabularies and batches, and scores of translations.
+"""Parallel sentences: a corpus with known alignments, batches, scores.   Papineni et al. 2002; Och & Ney 2003
 
 Idea      Translation is learned from pairs of sentences that mean the same. Numbers and dates written out are real
           translation that can be generated, and it is not word by word: ninety-seven is quatre-vingt-dix-sept,
@@ -12,6 +12,7 @@ Omits     subwords, lower-casing, BLEU with several references, chrF++; apostrop
 Run       python pairs.py                      pairs with their alignments, and what the scores make of mistakes
           python pairs.py --language german
           python pairs.py --pairs fra.tsv      sentence pairs of your own, Tatoeba's say
+          ends with "chrF 100.0 of the references ..."
 Test      pytest tests/test_pairs.py
 """
 
@@ -230,13 +231,15 @@ def read_pairs(path: str | Path) -> list[Pair]:
     (sentence, translation, anything).
 
     Raises ValueError with the number of the line that lacks a column or has an empty sentence, for a file that is
-    not UTF-8, and for one without pairs; OSError if it cannot be read.
+    not UTF-8, cannot be read, or has no pairs.
     """
     pairs, has_ids = [], None
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise ValueError(f"{path}, byte {error.start}: is not UTF-8: convert the file first") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -252,7 +255,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
             raise ValueError(f"{path}, line {number}: the {'translation' if source else 'sentence'} is empty")
         pairs.append(Pair(source, target))
     if not pairs:
-        raise ValueError(f"{path}: no sentence pairs; give lines of a sentence, a tab and its translation")
+        raise ValueError(f"{path}: no sentence pairs: give lines of a sentence, a tab and its translation")
     return pairs
 
 
@@ -332,7 +335,7 @@ def read_corpus(path: str | None, language: str | None, steps: int, seed: int) -
     else:
         corpus = generate_pairs(min(64 * steps, 20_000) + 500, language or "french", seed=seed)
     if len(corpus) < 5:
-        raise ValueError(f"{path}: only {len(corpus)} pairs; give at least 5, a fifth of them is held out")
+        raise ValueError(f"{path}: only {len(corpus)} pairs: give at least 5, a fifth of them is held out")
     random.Random(seed).shuffle(corpus)
     held_out = min(500, len(corpus) // 5)
     seen = {tuple(pair.source) for pair in corpus[held_out:]}
@@ -340,7 +343,7 @@ def read_corpus(path: str | None, language: str | None, steps: int, seed: int) -
     test = [pair for pair in corpus[:held_out]
             if tuple(pair.source) not in seen and not known.isdisjoint(pair.source)]
     if not test:
-        raise ValueError(f"{path}: no held-out sentence is new and has a known word; give more pairs")
+        raise ValueError(f"{path}: no held-out sentence is new and has a known word: give more pairs")
     return corpus[held_out:], test
 
 
@@ -459,10 +462,10 @@ def _damaged(sentences: list[list[str]], seed: int) -> dict[str, list[list[str]]
 
 
 def main(pairs: str | None, language: str | None, count: int, seed: int) -> None:
-    if count < 1 or seed < 0:
-        raise ValueError(f"--count must be at least 1 and --seed at least 0, got {count} and {seed}")
+    if count < 1 or not 0 <= seed < 2**32:
+        raise ValueError(f"--count must be at least 1 and --seed in 0 .. 2^32 - 1, got {count} and {seed}")
     if pairs and language:
-        raise ValueError("--language chooses the generated corpus and --pairs brings another; give one of them")
+        raise ValueError("--language chooses the generated corpus and --pairs brings another: give one of them")
     corpus = read_pairs(pairs) if pairs else generate_pairs(count, language or "french", seed=seed)
     if not pairs:  # the first pair shows all that is not one to one
         number = {"french": french_number, "german": german_number}[language or "french"]
@@ -487,7 +490,7 @@ def main(pairs: str | None, language: str | None, count: int, seed: int) -> None
         known = [set(pair.sure) for pair in corpus]
         diagonal = [{(t * len(p.source) // len(p.target), t) for t in range(len(p.target))} for p in corpus]
         print(f"alignment error rate {alignment_error_rate(known, corpus):.2f} of the known links (expected 0), "
-              f"{alignment_error_rate(diagonal, corpus):.2f} of the diagonal (expected: more)")
+              f"{alignment_error_rate(diagonal, corpus):.2f} of the diagonal (expected more)")
     print(f"\n{'translations':26}  right   BLEU   chrF")
     found = []
     for name, sentences in _damaged([pair.target for pair in corpus], seed).items():
@@ -495,7 +498,7 @@ def main(pairs: str | None, language: str | None, count: int, seed: int) -> None
         found.append([score(ours, references) for score in (exact_match, bleu, chrf)])
         print(f"{name:26}" + "".join(f"{value:7.1f}" for value in found[-1]))
     print(f"chrF {found[0][2]:.1f} of the references (expected 100), {found[1][2]:.1f} with a word replaced "
-          "(expected: less)")
+          "(expected less)")
 
 
 if __name__ == "__main__":
@@ -504,12 +507,13 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--pairs", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
-    parser.add_argument("--count", type=int, default=1000, help="how many to generate (default 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs, batches and mistakes (default 0)")
+    parser.add_argument("--count", type=int, default=1000, help="how many to generate (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the pairs, batches and mistakes (default %(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        parser.exit(130, "\n")
+        parser.exit(130)
     except (ValueError, OSError) as error:
-        parser.error(str(error).splitlines()[0])
+        parser.error(str(error))

@@ -175,8 +175,8 @@ class DataParallel:
     Args:
         model: the same on every rank.
         group: the ranks that see different data; None for all.
-        bucket_mb: bucket size in 2^20 bytes, at most a quarter of the model if that is more than one; a larger
-            parameter has a bucket of its own.
+        bucket_mb: bucket size in 2^20 bytes, at most a quarter of what is not in a bucket yet if that is more than
+            one; a larger parameter has a bucket of its own.
         reduction: "mean" over ranks, for losses that are means over equally many samples, or "sum", for
             losses already divided by the samples (tokens) of the whole batch: right for uneven parts.
         grad_dtype: accumulate and reduce in this dtype, e.g. fp32 for bf16 parameters. p.grad cannot hold
@@ -228,14 +228,16 @@ class DataParallel:
 
     def _make_buckets(self, parameters: list[nn.Parameter], limit: float) -> None:
         """Buckets of up to `limit` bytes, one dtype and device each, from the last parameter to the first."""
-        total = sum(p.numel() * (self.grad_dtype or p.dtype).itemsize for p in parameters)
-        limit = min(limit, max(2**20, total / 4))  # what is sent last travels alone: in a small model, too, a part only
+        left = sum(p.numel() * (self.grad_dtype or p.dtype).itemsize for p in parameters)
         filling = {}  # (dtype, device) -> parameters
         for p in reversed(parameters):
             dtype, device = self.grad_dtype or p.dtype, p.device
             members = filling.setdefault((dtype, device), [])
-            if members and sum(m.numel() for m in [*members, p]) * dtype.itemsize > limit:
+            size = sum(m.numel() for m in members) * dtype.itemsize
+            # what is sent last travels alone, so buckets become smaller towards the end of backward
+            if members and size + p.numel() * dtype.itemsize > min(limit, max(2**20, left / 4)):
                 self._buckets.append(_Bucket(members, dtype))
+                left -= size
                 members = filling[dtype, device] = []
             members.append(p)
         self._buckets += [_Bucket(members, dtype) for (dtype, _), members in filling.items()]
@@ -380,11 +382,11 @@ def mesh(dp: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1, ep: int =
 
 def _train(model: nn.Module, options: argparse.Namespace, part: slice, reduce=lambda: None) -> Tensor:
     """Train the model on this rank's part of every batch; returns the losses (steps,)."""
-    teacher = torch.randn(options.width, 10, generator=torch.Generator().manual_seed(options.seed)).double()
+    teacher = torch.randn(options.d_model, 10, generator=torch.Generator().manual_seed(options.seed)).double()
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for step in range(options.steps):
         draw = torch.Generator().manual_seed(options.seed + 1 + step)
-        x = torch.randn(options.batch, options.width, generator=draw).double()[part]  # (B/P, width)
+        x = torch.randn(options.batch, options.d_model, generator=draw).double()[part]  # (B/P, D)
         loss = F.cross_entropy(model(x), (x @ teacher).argmax(-1))
         loss.backward()
         reduce()
@@ -400,7 +402,7 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     say = print if rank == 0 else lambda *words: None
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    one = nn.Sequential(nn.Linear(options.width, options.width), nn.GELU(), nn.Linear(options.width, 10))
+    one = nn.Sequential(nn.Linear(options.d_model, options.d_model), nn.GELU(), nn.Linear(options.d_model, 10))
     one.double()
     naive, bucketed = copy.deepcopy(one), copy.deepcopy(one)
     with torch.no_grad():
@@ -431,28 +433,34 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
 
 
 def main() -> None:
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun (default 2)")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default 40)")
-    parser.add_argument("--batch", type=int, default=64, help="samples per step over all ranks (default 64)")
-    parser.add_argument("--width", type=int, default=256, help="width of the network (default 256)")
-    parser.add_argument("--bucket_mb", type=float, default=0.25, help="bucket size in 2^20 bytes (default 0.25)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--ranks", type=int, default=2,
+                        help="processes to start, if not under torchrun (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=64,
+                        help="samples per step over all ranks (default %(default)s)")
+    parser.add_argument("--d_model", type=int, default=256, help="width of the network (default %(default)s)")
+    parser.add_argument("--bucket_mb", type=float, default=0.25,
+                        help="bucket size in 2^20 bytes (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default %(default)s)")
     parser.add_argument("--communication", action="store_true", help="print what each kind sends, instead")
     options = parser.parse_args()
     if options.communication:
         import communication
-        return communication.table(options.ranks, options.seed)
+        try:
+            return communication.table(options.ranks, options.seed)
+        except ValueError as error:
+            parser.error(str(error))
     started_by_torchrun = "RANK" in os.environ
     P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
-    if min(P, options.steps, options.batch, options.width) < 1 or not options.bucket_mb > 0:
-        parser.exit(2, "parallel.py: --ranks --steps --batch --width --bucket_mb must be positive\n")
+    if min(P, options.steps, options.batch, options.d_model) < 1 or not options.bucket_mb > 0:
+        parser.error("--ranks, --steps, --batch, --d_model and --bucket_mb must be positive")
     if options.batch % P:
-        parser.exit(2, f"parallel.py: --batch {options.batch} must be a multiple of the {P} ranks\n")
-    if not 0 <= options.seed < 2**62:
-        parser.exit(2, f"parallel.py: --seed must be in 0 .. 2^62 - 1, got {options.seed}\n")
+        parser.error(f"--batch must be a multiple of the {P} ranks, got {options.batch}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed must be in 0 .. 2^32 - 1, got {options.seed}")
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     from processes import start_ranks
@@ -463,8 +471,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        print(f"parallel.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

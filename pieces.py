@@ -2,18 +2,19 @@
 
 Idea      However many processes hold a tensor, what each holds of it are boxes: the rows first .. last - 1, say, or the
           columns. A box with its place in the whole says all that is to be known of it: who held it, beside how many
-          others, does not matter any more. So boxes are what is stored, and whoever reads them asks where his boxes
-          and the stored ones overlap. ZeRO's shards are no boxes but ranges of the flat tensor: each is a few of them.
+          others, does not matter any more. So boxes are what is stored, and a reader asks where its own boxes and
+          the stored ones overlap. ZeRO's shards are no boxes but ranges of the flat tensor: each is a few of them.
 Formula   overlap of two boxes, in each dimension: max(first, first') .. min(last, last')
           elements start .. stop - 1 of a matrix = the end of a row, whole rows, the beginning of a row
 Shapes    a box: offsets in the whole (one number a dimension), and a tensor of as many dimensions
           folder/ __0_0.distcp ...   boxes of each process, each as torch.save writes it
                   .metadata          tensor -> shape, dtype, boxes; box -> file, first byte, length
           It is torch.distributed.checkpoint's format, written by that, and readable by it.
-Safety    Reading runs no code that a file could bring: numbers, names and tensors are all that is accepted.
+Also      reading runs no code that a file could bring: numbers, names and tensors are all that is accepted.
 Omits     compression; storage other than files; tensors that are not dense.
 Run       python pieces.py                        rows of 3 processes, read as columns of 4
-          python pieces.py --writers 7 --readers 2
+          python pieces.py --writers 7 --readers 2    of 7, as columns of 2
+          Ends with "all 4 slices are what was written: True ..."
 Test      pytest tests/test_pieces.py
 """
 
@@ -24,7 +25,6 @@ import io
 import math
 import os
 import pickle
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -122,7 +122,7 @@ def flatten(tensors: dict, prefix: str = "") -> dict[str, Pieces]:
 
 
 def unflatten(flat: dict[str, Tensor]) -> dict:
-    """The other way round: "part/parameter/state" -> nested dicts."""
+    """The inverse of ``flatten``: "part/parameter/state" -> nested dicts."""
     nested = {}
     for name, value in flat.items():
         *folders, last = name.split("/")
@@ -248,7 +248,7 @@ def read_pieces(folder: str | os.PathLike, wanted: dict[str, Pieces]) -> None:
     held = stored(folder)
     for name, pieces in wanted.items():
         if name not in held or held[name].shape != tuple(pieces.shape):
-            raise ValueError(f"{name} of shape {tuple(pieces.shape)} is wanted, there is "
+            raise ValueError(f"want {name} of shape {tuple(pieces.shape)}, got "
                              f"{held[name].shape if name in held else 'none'}")
         missing = sum(box.numel() for _, box in pieces.boxes)
         for offsets, sizes, file, first_byte, length in held[name].boxes:
@@ -259,7 +259,7 @@ def read_pieces(folder: str | os.PathLike, wanted: dict[str, Pieces]) -> None:
                 stream.seek(first_byte)
                 values = torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
             if values.shape != sizes:
-                raise ValueError(f"a box of {name} is {tuple(values.shape)}, {sizes} was said")
+                raise ValueError(f"want a box of {name} of shape {sizes}, got {tuple(values.shape)}")
             for both, box in common:
                 if both:
                     missing -= box[both[1]].copy_(values[both[0]]).numel()
@@ -287,19 +287,22 @@ def main(writers: int, readers: int, size: int) -> None:
             equal &= torch.equal(column, whole[:, first:last])
             touched = [overlap((0, first), column.shape, at, box.shape) is not None for at, box in boxes]
             print(f"  columns {first} to {last - 1}, as tensor parallelism cuts it: read from {sum(touched)} boxes")
-    print(f"all {readers} slices are what was written: {equal}")
+    print(f"all {readers} slices are what was written: {equal} (expected True)")
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--writers", type=int, default=3, help="processes that wrote, flat ranges (default 3)")
-    parser.add_argument("--readers", type=int, default=4, help="processes that read, columns (default 4)")
-    parser.add_argument("--size", type=int, default=10, help="rows and columns of the matrix (default 10)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--writers", type=int, default=3,
+                        help="processes that wrote, flat ranges (default %(default)s)")
+    parser.add_argument("--readers", type=int, default=4,
+                        help="processes that read, columns (default %(default)s)")
+    parser.add_argument("--size", type=int, default=10,
+                        help="rows and columns of the matrix (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        parser.exit(2, f"pieces.py: {error}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))

@@ -2,12 +2,13 @@
 
 Idea      Cut the blocks into stages, one after the other on the ranks, and the batch into M microbatches. A rank works
           on microbatch m while the next one works on m-1, in the order of a schedule (pipeline_schedules.py). Each rank
-          sends activations to the next stage and gradients to the one before, and to nobody else.
+          sends activations to the next stage and gradients to the one before; beside them go only the targets, the
+          loss and the gradient of an embedding that both ends have.
 Formula   stage s computes x_s = f_s(x_{s-1}), sends x_s forward; gets dx_s, computes dx_{s-1} and dW_s, sends dx_{s-1}
           back. dW_s = dx_s^T x_{s-1} can wait (zero-bubble, Qi et al. 2023); dx_{s-1} = dx_s W_s cannot.
 Shapes    a microbatch: tokens (B/M, T) -> x (B/M, T, D) from stage to stage -> logits on the last rank
 Omits     dropout as on one process (every stage draws masks of its own), recomputation, caches.
-Run       python pipeline.py                                                a GPT on 2 ranks beside one process, 10 s
+Run       python pipeline.py                                                a GPT on 2 processes beside one, 10 s
           python pipeline.py --schedule zb --stages 4 --microbatches 8      its timeline, planned and measured
           python pipeline.py --simulate --ranks 4096                        a 175B model: the best layouts
           Ends with "max |pipeline - one process| = ...", or the best layout
@@ -23,7 +24,6 @@ import dataclasses
 import itertools
 import math
 import os
-import sys
 import tempfile
 import time
 from collections import defaultdict, deque
@@ -41,13 +41,13 @@ from torch.overrides import TorchFunctionMode
 # --- 1. a model in stages -------------------------------------------------------------------------------
 
 def split(costs: Sequence[float], stages: int) -> list[int]:
-    """Boundaries 0 = b_0 < b_1 ... < b_stages = n of runs of consecutive layers, the dearest as cheap as can be.
+    """Boundaries 0 = b_0 < b_1 ... < b_stages = n between stages of consecutive layers, the dearest as cheap as can be.
 
     Raises ValueError if there are fewer layers than stages.
     """
     n = len(costs)
     if not 1 <= stages <= n:
-        raise ValueError(f"{n} layers cannot make {stages} stages: at most {n}")
+        raise ValueError(f"{n} layers cannot make {stages} stages: want 1 to {n}")
     total = [0.0, *itertools.accumulate(costs)]
     best = [[(total[n] - total[i], [i, n]) for i in range(n + 1)]]  # best[k - 1][i]: layers i .. n in k stages
     for k in range(2, stages + 1):
@@ -57,7 +57,7 @@ def split(costs: Sequence[float], stages: int) -> list[int]:
 
 
 def block_costs(model: nn.Module) -> list[float]:
-    """What each block costs, in weights of its matrices; the head's, with V D, are added to the last block."""
+    """What each block costs, in weights of its matrices; the head's V D are added to the last block's."""
     costs = [float(sum(p.numel() for p in block.parameters() if p.dim() >= 2)) for block in model.blocks]
     costs[-1] += model.config.vocab_size * model.config.d_model
     return costs
@@ -113,7 +113,7 @@ class _InputGradient(torch.autograd.Function):
 # --- 2. the engine --------------------------------------------------------------------------------------
 
 class Pipeline:
-    """Runs a schedule on this rank's stages of a model of the contract: ``step``, ``clip_grad_norm``, optimizer.
+    """Runs a schedule on this rank's stages of a model of the contract: ``step``, ``clip_grad_norm``, any optimizer.
 
     The model is the same on every rank; it is cut in place: what this rank does not need is dropped, parameters
     keep their full names. An embedding tied to the head lives on the first and on the last rank, and its gradients are
@@ -140,7 +140,7 @@ class Pipeline:
         self.model, self.ranks = model, ranks
         self.rank, self.P = (dist.get_rank(group), dist.get_world_size(group)) if running else (0, 1)
         if len(ranks) != self.P:
-            raise ValueError(f"a schedule for {len(ranks)} ranks cannot run on {self.P}")
+            raise ValueError(f"a schedule for {len(ranks)} ranks cannot run on {self.P}: make one for {self.P}")
         self.M = 1 + max(op.microbatch for ops in ranks for op in ops)
         self.last = max(op.stage for ops in ranks for op in ops)
         self.boundaries = split(costs or block_costs(model), self.last + 1)
@@ -180,7 +180,8 @@ class Pipeline:
 
         Args:
             tokens: (B, T), M divides B; read on the first rank, the others look at its shape alone.
-            targets: (B, T), read on the first rank, which sends them to the last; others may give None.
+            targets: (B, T), of tokens' dtype; read on the first rank, which sends them to the last; others may give
+                None.
             loss: (logits (B/M, T, V), targets (B/M, T)) -> scalar, this microbatch's term of the step's loss.
             backward: False for the loss alone.
 
@@ -190,7 +191,8 @@ class Pipeline:
             ValueError: if M does not divide B. RuntimeError: naming the rank and message that did not come.
         """
         if len(tokens) % self.M:
-            raise ValueError(f"{self.M} microbatches do not divide a batch of {len(tokens)}")
+            raise ValueError(f"{self.M} microbatches do not divide a batch of {len(tokens)}: want a multiple of "
+                             f"{self.M}")
         if self.P > 1 and self.rank in (0, self.P - 1):
             targets = self._to_last(targets if self.rank == 0 else
                                     torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device))
@@ -222,7 +224,7 @@ class Pipeline:
 
     def _add_other_end(self, gradient: Tensor) -> None:
         other, theirs = self.world[-1 if self.rank == 0 else 0], torch.empty_like(gradient)
-        mine = gradient.clone()  # must live until it is gone
+        mine = gradient.clone()  # must live until it is sent
         with self._naming(f"the gradient of a tied parameter, from rank {0 if self.rank else self.P - 1},"):
             for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, other, self.group),
                                                 dist.P2POp(dist.irecv, theirs, other, self.group)]):
@@ -288,7 +290,7 @@ class Pipeline:
         message = f"{self._name(op)} to rank {to}"
         with self._naming(message):
             work = dist.isend(result, self.world[to], group=self.group if op.kind == "F" else self.back)
-        self.sent.append((work, result, message))  # the tensor must live until it is gone
+        self.sent.append((work, result, message))  # the tensor must live until it is sent
 
     def _receive(self, op) -> Tensor:
         """What ``op`` gave, from the rank that ran it."""
@@ -314,11 +316,13 @@ class Pipeline:
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(f"rank {self.rank} of the pipeline: {message} did not get through: {error}") from None
+            raise RuntimeError(f"pipeline, rank {self.rank} of {self.P}: {message} did not get through, another rank "
+                               f"died or hangs: {error}") from None
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float, square: Callable[[list[nn.Parameter]], Tensor] | None = None) -> Tensor:
-        """Clip to a norm over all stages, a tied parameter counted once; returns the norm before, on every rank.
+        """``torch.nn.utils.clip_grad_norm_`` over all stages, a tied parameter counted once; returns the norm before,
+        the same on every rank.
 
         ``square(parameters)``: the sum of squares of their gradients, if they are slices of something (tensor
         parallelism: ``tensor_parallel.squared_norm``).
@@ -363,8 +367,8 @@ def _demo(rank: int, options: argparse.Namespace, ranks: list, rendezvous: str) 
     config = GPTConfig(vocab_size=64, context=128, n_layers=P * options.chunks * 2, n_heads=4, d_model=64)
     one = GPT(config, generator=torch.Generator().manual_seed(options.seed)).double()
     pipe = Pipeline(copy.deepcopy(one), ranks)
-    draw_tokens = torch.Generator().manual_seed(options.seed)
-    batches = [torch.randint(64, (2 * M, 129), generator=draw_tokens) for _ in range(4)]
+    generator = torch.Generator().manual_seed(options.seed)
+    batches = [torch.randint(64, (2 * M, 129), generator=generator) for _ in range(4)]
 
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
         return next_token_loss(logits, targets) / M
@@ -382,7 +386,7 @@ def _demo(rank: int, options: argparse.Namespace, ranks: list, rendezvous: str) 
     measured = [Timed(r, *t) for r, (times, _, _) in enumerate(gathered) for t in times]
     say(f"measured: {P} ranks on {os.cpu_count()} cores; bubble {bubble(measured):.2f} (plan "
         f"{bubble_formula(options.schedule, P, M, options.chunks):.2f}, with a core a rank and equal stages); "
-        f"held {[held for _, held, _ in gathered]} (plan {[peak_held(ops) for ops in ranks]})")
+        f"microbatches held {[held for _, held, _ in gathered]} (plan {[peak_held(ops) for ops in ranks]})")
     say(draw_text(measured))
     if options.plot and rank == 0:
         draw(options.plot, {f"{options.schedule}, measured": measured})
@@ -397,40 +401,18 @@ def _demo(rank: int, options: argparse.Namespace, ranks: list, rendezvous: str) 
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     import pipeline_schedules as schedules
 
-    # Without argparse's usage lines a mistake is answered in one line.
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedule", choices=schedules.SCHEDULES, default="1f1b",
-                        help="order of the operations (default 1f1b)")
-    parser.add_argument("--stages", type=int, default=2, help="ranks of the pipeline (default 2)")
-    parser.add_argument("--microbatches", type=int, default=4, help="of a step (default 4)")
-    parser.add_argument("--chunks", type=int, default=1, help="stages a rank, for interleaved (default 1)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the measured timeline (needs matplotlib)")
-    parser.add_argument("--simulate", action="store_true", help="run nothing: predict a 175B model on --ranks GPUs")
-    parser.add_argument("--ranks", type=int, default=4096, help="GPUs to simulate (default 4096)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
-    options = parser.parse_args()
     if options.simulate:
-        try:
-            print(schedules.simulate(options.ranks))
-        except ValueError as error:
-            parser.exit(2, f"pipeline.py: {error}\n")
+        print(schedules.simulate(options.ranks))
         return
     P, M, V = options.stages, options.microbatches, options.chunks
-    if not (1 <= P <= 16 and 1 <= M <= 64 and 1 <= V <= 4 and 0 <= options.seed < 2**62):
-        parser.exit(2, "pipeline.py: --stages 1 .. 16, --microbatches 1 .. 64, --chunks 1 .. 4, --seed 0 .. 2^62 - 1\n")
-    try:
-        ranks = schedules.schedule(options.schedule, P, M, V)
-    except ValueError as error:
-        parser.exit(2, f"pipeline.py: {error}\n")
-    if options.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.exit(2, "pipeline.py: --plot needs matplotlib: pip install matplotlib\n")
+    if not (1 <= P <= 16 and 1 <= M <= 64 and 1 <= V <= 4 and 0 <= options.seed < 2**32):
+        raise ValueError("--stages must be in 1 .. 16, --microbatches in 1 .. 64, --chunks in 1 .. 4 and --seed in "
+                         f"0 .. 2^32 - 1, got {P}, {M}, {V} and {options.seed}")
+    ranks = schedules.schedule(options.schedule, P, M, V)
+    schedules.new_figure(options.plot, 1, 1)  # what cannot be drawn is known before the work
     times = schedules.timeline(ranks)
     print(f"planned: {options.schedule}, P = {P}, M = {M}, V = {V}; bubble {schedules.bubble(times):.4f}, formula "
           f"{schedules.bubble_formula(options.schedule, P, M, V):.4f}")
@@ -441,7 +423,24 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--schedule", choices=("gpipe", "1f1b", "interleaved", "zb"), default="1f1b",
+                        help="order of the operations (default %(default)s)")
+    parser.add_argument("--stages", type=int, default=2, help="ranks of the pipeline (default %(default)s)")
+    parser.add_argument("--microbatches", type=int, default=4, help="of a step (default %(default)s)")
+    parser.add_argument("--chunks", type=int, default=1, help="stages a rank, for interleaved (default %(default)s)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the measured timeline (needs matplotlib)")
+    parser.add_argument("--simulate", action="store_true",
+                        help="run nothing: predict a 175B model on --ranks GPUs")
+    parser.add_argument("--ranks", type=int, default=4096, help="GPUs to simulate (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default %(default)s)")
     try:
-        main()
+        main(parser.parse_args())
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

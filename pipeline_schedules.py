@@ -7,14 +7,14 @@ Formula   bubble = idle time / all time of a step, for stages of equal time, bac
           GPipe, 1F1B      (P-1) / (M + P-1)             Huang et al. 2019; Narayanan et al. 2021, section 2.2
           interleaved      (P-1) / (V M + P-1)           V stages a rank: Narayanan et al. 2021, section 2.2
           zero-bubble H1   (P-1) / (3 M + P-1)           backward = input part I + weight part W: Qi et al. 2023
-                                             for M >= P; with fewer the ends cannot be filled
+                                                         for M >= P: fewer microbatches cannot fill the ends
           activations held, in microbatches: GPipe M, 1F1B and ZB-H1 at most P; interleaved, of stages of 1/V the
           size, at most 2 (P-1) + (V-1) P + 1
 Shapes    no tensors here: ranks -> operations -> times; pipeline.py runs them
 Omits     schedules that hold more than 1F1B to have no bubble at all (ZB-H2, ZB-V); stages of unequal time in the plan.
-Run       python pipeline_schedules.py                     four schedules, drawn: P = 4, M = 8
-          python pipeline_schedules.py --plot timelines.png    the same as a picture
-          python pipeline_schedules.py --simulate 4096     a 175B model on so many GPUs: the best layouts
+Run       python pipeline_schedules.py                             four schedules, drawn: P = 4, M = 8
+          python pipeline_schedules.py --plot timelines.png        the same as a picture
+          python pipeline_schedules.py --simulate --ranks 4096     a 175B model: the best layouts
 Test      pytest tests/test_pipeline.py
 """
 
@@ -23,8 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import math
-import sys
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ def schedule(name: str, P: int, M: int, V: int = 1) -> list[list[Op]]:
     """
     if name not in SCHEDULES or min(P, M, V) < 1 or (V > 1 and name != "interleaved"):
         raise ValueError(f"a schedule is one of {', '.join(SCHEDULES)} with at least one rank and microbatch, and "
-                         f"several stages a rank only if interleaved; got {name!r}, P={P}, M={M}, V={V}")
+                         f"several stages a rank only if interleaved, got {name!r}, P={P}, M={M}, V={V}")
     if name == "zb":
         return _zero_bubble(P, M)
     if name == "gpipe":  # all forwards, then all backwards
@@ -120,7 +119,7 @@ def unit_seconds(op: Op) -> float:
 
 def timeline(ranks: Sequence[Sequence[Op]], seconds: Callable[[Op], float] = unit_seconds,
              message: float = 0.0) -> list[Timed]:
-    """When every operation runs, if ``seconds(op)`` is what it takes and ``message`` what its result travels.
+    """When every operation runs, if ``seconds(op)`` is how long it takes and ``message`` how long its result travels.
 
     Raises ValueError if the ranks would wait for one another for ever.
     """
@@ -187,12 +186,33 @@ def draw_text(times: list[Timed], width: int = 100) -> str:
     return "\n".join(lines)
 
 
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
+    return figure
+
+
 def draw(path: str, timelines: dict[str, list[Timed]]) -> None:
     """Named timelines as Gantt charts on one axis of time, one below the other, to a picture file. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
     ranks = [1 + max(t.rank for t in times) for times in timelines.values()]
-    figure = Figure((12, sum(0.35 * P + 0.8 for P in ranks)), layout="constrained")
+    figure = new_figure(path, 12, sum(0.35 * P + 0.8 for P in ranks))
     colours = {"F": "tab:blue", "B": "tab:orange", "I": "tab:red", "W": "tab:green"}
     all_axes = figure.subplots(len(ranks), 1, squeeze=False, sharex=True, height_ratios=ranks)[:, 0]
     for axes, P, (name, times) in zip(all_axes, ranks, timelines.items()):
@@ -271,7 +291,8 @@ def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Clus
     dp, tp, pp, V, b = layout.dp, layout.tp, layout.pp, layout.V, layout.micro
     M, rest = divmod(work.sequences, max(1, dp * b))
     if min(dp, tp, pp, V, b) < 1 or rest or not M or work.n_layers % (pp * V) or work.d_model // work.head_width % tp:
-        raise ValueError(f"{layout} does not divide {work}")
+        raise ValueError(f"{layout} does not divide {work}: dp * micro must divide the sequences, pp * V the layers "
+                         "and tp the heads")
     layers, tokens = work.n_layers // (pp * V), b * work.context  # of a stage; of a microbatch
     forward = layers * tokens * (24 * work.d_model**2 + 4 * work.context * work.d_model) / (tp * cluster.flops)
     message = work.value_bytes * tokens * work.d_model / tp  # bytes; each tensor-parallel rank sends a slice
@@ -330,42 +351,43 @@ def simulate(ranks: int, work: Workload = Workload(), cluster: Cluster = Cluster
 
 # --- 3. demo --------------------------------------------------------------------------------------------
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4, help="P (default 4)")
-    parser.add_argument("--microbatches", type=int, default=8, help="M (default 8)")
-    parser.add_argument("--simulate", type=int, metavar="GPUS", help="the best layouts of a 175B model instead")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw all timelines (needs matplotlib)")
-    options = parser.parse_args()
-    try:
-        if options.simulate is not None:
-            print(simulate(options.simulate))
-            return
-        worst, timelines = 0.0, {}
-        for name in SCHEDULES:
-            V = 2 if name == "interleaved" else 1
-            ranks = schedule(name, options.ranks, options.microbatches, V)
-            times = timeline(ranks, lambda op: unit_seconds(op) / V)  # a rank's stages together do the same work
-            found, expected = bubble(times), bubble_formula(name, options.ranks, options.microbatches, V)
-            exact = {"interleaved": options.microbatches % options.ranks == 0,
-                     "zb": options.microbatches >= options.ranks}.get(name, True)
-            worst = max(worst, abs(found - expected)) if exact else worst
-            print(f"{name}: bubble {found:.4f}, formula {expected:.4f}; held {[peak_held(ops) for ops in ranks]}"
-                  + (" stages of half the size" if V == 2 else ""))
-            print(draw_text(times))
-            timelines[name + " (two chunks a rank)" * (V == 2)] = times
-        if options.plot:
-            draw(options.plot, timelines)
-    except ModuleNotFoundError:
-        parser.exit(2, "pipeline_schedules.py: --plot needs matplotlib: pip install matplotlib\n")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"pipeline_schedules.py: {error}\n")
-    print(f"max |bubble - formula| = {worst:.1e}: " + ("OK, below 1e-12" if worst < 1e-12 else "WRONG"))
+def main(options: argparse.Namespace) -> None:
+    if options.simulate:
+        print(simulate(options.ranks))
+        return
+    new_figure(options.plot, 1, 1)  # what cannot be drawn is known before the work
+    worst, timelines = 0.0, {}
+    for name in SCHEDULES:
+        V = 2 if name == "interleaved" else 1
+        ranks = schedule(name, options.stages, options.microbatches, V)
+        times = timeline(ranks, lambda op: unit_seconds(op) / V)  # a rank's stages together do the same work
+        found, expected = bubble(times), bubble_formula(name, options.stages, options.microbatches, V)
+        exact = {"interleaved": options.microbatches % options.stages == 0,
+                 "zb": options.microbatches >= options.stages}.get(name, True)
+        worst = max(worst, abs(found - expected)) if exact else worst
+        print(f"{name}: bubble {found:.4f}, formula {expected:.4f}; microbatches held "
+              f"{[peak_held(ops) for ops in ranks]}" + (" of stages of half the size" if V == 2 else ""))
+        print(draw_text(times))
+        timelines[name + " (two chunks a rank)" * (V == 2)] = times
+    if options.plot:
+        draw(options.plot, timelines)
+        print(f"drawn: {options.plot}")
+    print(f"max |bubble - formula| = {worst:.1e}: "
+          + ("OK, below 1e-12" if worst < 1e-12 else "WRONG, expected below 1e-12"))
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--stages", type=int, default=4, help="P, ranks of the pipeline (default %(default)s)")
+    parser.add_argument("--microbatches", type=int, default=8, help="M, of a step (default %(default)s)")
+    parser.add_argument("--simulate", action="store_true", help="predict a 175B model on --ranks GPUs instead")
+    parser.add_argument("--ranks", type=int, default=4096, help="GPUs to simulate (default %(default)s)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw all timelines (needs matplotlib)")
     try:
-        main()
+        main(parser.parse_args())
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))

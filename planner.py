@@ -12,9 +12,9 @@ Formula   step      = (M + (pp - 1) / v) * stage + exposed DP + optimizer;   bub
 Shapes    no tensors; model: scaling.ModelShape, chip: scaling.Accelerator, both handed in
 Omits     stragglers, failures and restarts (a run loses some percent to them), data loading, zero-bubble schedules,
           products and collectives that overlap (TP is charged in full), networks with fewer links than ports, experts
-          that are loaded unevenly
+          that are loaded unevenly.
 Run       python planner.py --plan llama3_405b --gpus 16384 --gpu h100 --tokens 15e12
-          python planner.py --validate      beside 28 published runs; which of them are no blind test is said there
+          python planner.py --validate      beside 28 published runs; it says which of them are no blind test
 Test      pytest tests/test_planner.py
 """
 
@@ -47,7 +47,7 @@ class ClusterLayout:
     tp: int = 1
     pp: int = 1
     cp: int = 1
-    ep: int = 1  # divides dp
+    ep: int = 1  # divides dp * cp
     zero: int = 1  # 0: nothing is divided by dp, 1: the optimizer, 2: gradients too, 3: weights too
     microbatch: int = 1  # sequences
     recompute: str = "none"
@@ -57,7 +57,7 @@ class ClusterLayout:
 
     @property
     def gpus(self) -> int:
-        """How many it takes."""
+        """GPUs that it takes."""
         return self.dp * self.tp * self.pp * self.cp
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Estimate:
 
     @property
     def bytes(self) -> float:
-        """Per GPU."""
+        """Bytes per GPU."""
         return sum(self.memory.values())
 
     @property
@@ -103,9 +103,10 @@ def check_layout(model: Any, layout: ClusterLayout, batch_tokens: int, context: 
         if not isinstance(value := getattr(o, name), int) or value < 1:
             raise ValueError(f"{name} must be a whole number and at least 1, got {value!r}")
     if o.zero not in (0, 1, 2, 3) or o.recompute not in RECOMPUTE:
-        raise ValueError(f"zero must be 0 to 3, recompute one of {', '.join(RECOMPUTE)}; got {o.zero}, {o.recompute}")
+        raise ValueError(f"zero must be in 0 .. 3 and recompute one of {', '.join(RECOMPUTE)}, "
+                         f"got {o.zero} and {o.recompute!r}")
     if batch_tokens < 1 or context < 1:
-        raise ValueError(f"batch and context must be at least one token, got {batch_tokens} and {context}")
+        raise ValueError(f"batch_tokens and context must be at least 1, got {batch_tokens} and {context}")
     if model.n_heads % o.tp:
         raise ValueError(f"tp {o.tp} does not divide {model.n_heads} heads")
     if o.pp > model.n_layers or o.interleave > -(-model.n_layers // o.pp) or (o.pp == 1 and o.interleave > 1):
@@ -124,8 +125,8 @@ def check_layout(model: Any, layout: ClusterLayout, batch_tokens: int, context: 
 # --- 2. its cost ----------------------------------------------------------------------------
 
 def weights_per_gpu(model: Any, layout: ClusterLayout) -> list[tuple[float, int, int]]:
-    """[(weights, stride, ranks)]: what a GPU of the fullest stage computes with, before ZeRO divides it over so many
-    ranks that are ``stride`` apart: first what every rank has, then experts, which fewer ranks share."""
+    """[(weights, stride, ranks)]: weights that a GPU of the fullest stage computes with, and over how many ranks,
+    ``stride`` apart, ZeRO can divide them: first those that every rank has, then experts, which fewer ranks share."""
     o, most = layout, -(-model.n_layers // layout.pp)
     tables = 1 if o.pp > 1 or model.tied else 2  # embedding and head
     embeddings = (tables * model.vocab_size + model.learned_positions * model.context) * model.d_model
@@ -198,7 +199,8 @@ def estimate(model: Any, chip: Any, layout: ClusterLayout, batch_tokens: int, co
     ep = 2 * ring(2 * n * D * model.experts_per_token / o.tp, o.tp, o.ep)  # there and back
     again = int(o.recompute == "full")  # a second forward, in backward
     passes = 5 + 2 * again + 2 * (o.recompute == "selective")
-    scores_again = attention if o.recompute == "selective" and not o.flash else again * attention  # unless fused
+    # Selective recomputation repeats the scores, but where a fused kernel has stored none.
+    scores_again = attention if o.recompute == "selective" and not o.flash else again * attention
     layer = {"products": (3 + again) * products, "attention": 3 * attention + scores_again,
              "pointwise": passes * pointwise, "tp": (2 + again) * tp,
              "cp": cp[0] * (1 + again) + cp[1], "ep": (2 + again) * ep}
@@ -223,7 +225,7 @@ def estimate(model: Any, chip: Any, layout: ClusterLayout, batch_tokens: int, co
     forward, backward = sum(stage.values()) / 3, sum(stage.values()) * 2 / 3  # what a microbatch can hide
     if o.zero == 3:  # weights are gathered in both, for every microbatch
         seconds["dp"] = M * (max(0.0, gather - forward) + max(0.0, gather + scatter - backward))
-    else:  # gradients behind the last backward, with ZeRO-2 behind each; then the new weights, or fp32 gradients
+    else:  # gradients hide behind the last backward, ZeRO-2's behind each; then new weights (stage 0: gradients) come
         rounds = M if o.zero == 2 else 1
         seconds["dp"] = rounds * max(0.0, scatter - backward) + (2 * gather if o.zero == 0 else gather)
     divided = sum(size / (ranks if o.zero else 1) for size, _, ranks in parts)
@@ -376,7 +378,8 @@ def show_plan(name: str, gpus: int = 1024, gpu: str = "h100", tokens: float = 1e
         raise ValueError(f"--context must be at least 1, got {context}")
     batch = max(1, model.batch_tokens // context) * context if batch_tokens is None else batch_tokens
     if not (math.isfinite(tokens) and tokens > 0):
-        raise ValueError(f"--tokens must be a positive number, got {tokens}")
+        raise ValueError(f"--tokens must be positive and finite, got {tokens}")
+    figure = scaling.new_figure(plot, 9, 5)
     found = plan(model, chip, gpus, batch, context)
     print(f"{name}: {model.parameters:,} parameters, {tokens:.3g} tokens, {batch:,} per step, context {context}, "
           f"on {gpus} {gpu}; {len(found)} layouts fit\n")
@@ -392,8 +395,8 @@ def show_plan(name: str, gpus: int = 1024, gpu: str = "h100", tokens: float = 1e
               f"{scaling.training_cost(seconds, gpus, chip.dollars)[1] / 1e6:11,.2f}")
     best = found[0]
     print("\nseconds of the best: " + ", ".join(f"{part} {s:.2f}" for part, s in best.seconds.items() if s >= 0.005))
-    if plot:
-        figure, axes = scaling.figure(plot)
+    if figure is not None:
+        axes = figure.add_subplot()
         names, left = [str(e.layout) for e in found[:10]], [0.0] * len(found[:10])
         for part in best.seconds:
             widths = [e.seconds[part] for e in found[:10]]
@@ -413,6 +416,7 @@ def show_validation(plot: str | None = None) -> None:
     """Print the planner's MFU beside the published one, for every run."""
     import scaling
 
+    figure = scaling.new_figure(plot, 9, 5)
     print(f"{'run':37}{'layout: tp pp cp dp':21}{'GB':>4} {'planned':>8}{'published':>10}{'off by':>8}  source")
     pairs = []
     for run in published_runs():
@@ -422,8 +426,8 @@ def show_validation(plot: str | None = None) -> None:
         compared = f"{run.mfu:10.1%}{e.mfu / run.mfu - 1:+8.1%}" if run.mfu else " " * 18
         print(f"{run.name:37}{'':8}{o.tp:2} {o.pp:2} {o.cp:2} {o.dp:3} {e.bytes / 1e9:6.0f} {e.mfu:8.1%}{compared}"
               f"  {run.source}")
-    if plot:
-        figure, axes = scaling.figure(plot)
+    if figure is not None:
+        axes = figure.add_subplot()
         axes.plot(*zip(*pairs), "o")
         axes.plot([0.2, 0.6], [0.2, 0.6], "k-", [0.2, 0.6], [0.24, 0.72], "k:", [0.2, 0.6], [0.16, 0.48], "k:")
         axes.set(xlabel="published MFU", ylabel="planned MFU (dotted: 20 % off)")
@@ -435,7 +439,7 @@ def show_validation(plot: str | None = None) -> None:
 
 def main(plan: str | None, validate: bool, **flags: str | float | None) -> None:
     if validate == (plan is not None):
-        raise ValueError("give --plan MODEL or --validate")
+        raise ValueError("give --plan MODEL or --validate, one of them")
     given = {name: value for name, value in flags.items() if value is not None}
     if validate and (idle := set(given) - {"plot"}):
         raise ValueError(f"--{min(idle)} means nothing beside --validate")
@@ -458,5 +462,7 @@ if __name__ == "__main__":
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

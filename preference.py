@@ -2,8 +2,8 @@
 
 Idea      People cannot say how good an answer is, but which of two is better. Bradley and Terry (1952): the chance that
           y beats z is the logistic function of the difference of two scores. So a language model whose head gives one
-          number learns the scores by maximum likelihood. Or the scores are left out: a policy is the optimum of some
-          reward, less KL from a reference; put in for the scores, it learns from the pairs itself.
+          number learns the scores by maximum likelihood. Or the scores are left out: every policy is the optimum of
+          some reward less KL from a reference; with that reward for the scores, it learns from the pairs itself.
 Formula   P(y beats z | x) = sigma(r(x, y) - r(x, z))
           reward model   -log sigma(r_chosen - r_rejected);   K ranked answers (Plackett 1975, Luce 1959):
                          -sum_k (r_k - log sum_{j >= k} exp r_j),  best first
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,7 +118,7 @@ def _mean(losses: Tensor, count: float | Tensor | None) -> Tensor:
 def _same_shape(dims: int, **tensors: Tensor | None) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(set(shapes.values())) > 1 or any(len(shape) != dims for shape in shapes.values()):
-        raise ValueError(f"expected {dims} dimensions and equal shapes, got "
+        raise ValueError(f"want {dims} dimensions and equal shapes, got "
                          + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
@@ -214,7 +213,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: T
         ValueError: for shapes that differ or an argument out of range.
     """
     if kind not in ("sigmoid", "ipo", "reference_free") or not beta > 0:
-        raise ValueError(f'kind is "sigmoid", "ipo" or "reference_free" and beta positive, got {kind!r} and {beta}')
+        raise ValueError(f'kind must be "sigmoid", "ipo" or "reference_free", beta positive, got {kind!r} and {beta}')
     if not 0 <= label_smoothing < 0.5 or label_smoothing and kind == "ipo":
         raise ValueError(f"label_smoothing must be in [0, 0.5), and 0 for ipo, got {label_smoothing} for {kind}")
     if kind != "reference_free" and (reference_chosen is None or reference_rejected is None):
@@ -233,8 +232,8 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: T
 # --- 3. demo ---------------------------------------------------------------------------------------------
 
 def main(pairs: int, beta: float, seed: int) -> None:
-    if not 100 <= pairs <= 10_000_000 or not 0 < beta < 1e6 or not 0 <= seed < 2**63:
-        raise ValueError("--pairs must be in 100 .. 10000000, --beta in (0, 1e6) and --seed in 0 .. 2^63 - 1, got "
+    if not 100 <= pairs <= 10_000_000 or not 0 < beta < 1e6 or not 0 <= seed < 2**32:
+        raise ValueError("--pairs must be in 100 .. 10000000, --beta in (0, 1e6) and --seed in 0 .. 2^32 - 1, got "
                          f"{pairs}, {beta} and {seed}")
     generator, N = torch.Generator().manual_seed(seed), 8
     reward = torch.randn(N, generator=generator)  # of eight answers to one prompt; only the labeller knows it
@@ -273,20 +272,21 @@ def main(pairs: int, beta: float, seed: int) -> None:
         print(f"{name:12}" + "".join(f"{value:8.3f}" for value in row))
     same, distance = (by_dpo - by_reward).abs().sum() / 2, (by_dpo - optimum).abs().sum() / 2
     print(f"total variation of DPO to the labeller's optimum {distance:.3f} (pairs are noisy), to the reward model's "
-          f"{same:.4f} (expected below 0.01: the same likelihood): {'OK' if same < 0.01 else 'WRONG'}")
+          f"{same:.4f} (the same likelihood): " + ("OK, below 0.01" if same < 0.01 else "WRONG, expected below 0.01"))
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=4000, help="comparisons, half of them held out (default 4000)")
-    parser.add_argument("--beta", type=float, default=0.5, help="price of leaving the reference (default 0.5)")
-    parser.add_argument("--seed", type=int, default=0, help="of rewards, answers and labels (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--pairs", type=int, default=4000,
+                        help="comparisons, half of them held out (default %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.5,
+                        help="price of leaving the reference (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of rewards, answers and labels (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"preference.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))

@@ -7,7 +7,8 @@ Formula   MFU = tokens/s * FLOPs per token / peak, the peak being that of a larg
 Shapes    no tensors here but those of the measurement, (n, n)
 Omits     meshes of several axes, and everything about gradients: parallel.py
 Run       python processes.py                                         what this machine offers
-          torchrun --standalone --nproc_per_node=2 processes.py       the same, seen by two
+          torchrun --standalone --nproc_per_node=2 processes.py       the same, seen by two processes
+          Ends with "sum of ranks = ..."
 Test      pytest tests/test_processes.py
 """
 
@@ -100,7 +101,7 @@ def join(device: str | None = None, timeout: int = 600) -> World:
 
     Args:
         device: "cpu", "cuda" or "mps"; None: the best that is here.
-        timeout: seconds after which a process that does not answer counts as lost.
+        timeout: seconds after which a silent process counts as lost.
 
     Raises:
         ProcessError: for a device that is not here, or half an environment.
@@ -111,7 +112,7 @@ def join(device: str | None = None, timeout: int = 600) -> World:
     here = [kind for kind in usable if usable[kind]]
     kind = device or here[0]
     if kind not in here:
-        raise ProcessError(f"--device={kind} cannot be used here; usable: {', '.join(here)}")
+        raise ProcessError(f"--device={kind} cannot be used here: take one of {', '.join(here)}")
     mine = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         if local_size > torch.cuda.device_count():
@@ -130,7 +131,7 @@ def join(device: str | None = None, timeout: int = 600) -> World:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     except ValueError as error:
-        raise ProcessError(f"WORLD_SIZE is {size}, but {error}; start the processes by torchrun") from None
+        raise ProcessError(f"WORLD_SIZE is {size}, but {error}: start the processes by torchrun") from None
     # torchrun restarts with the store of the attempt before, where the addresses of the dead still stand.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=size,
@@ -220,7 +221,7 @@ def main(device: str | None) -> None:
     world.say("\n".join(world.gather(mine)))
     world.say(f"matrix products: {measure_peak(world, torch.float32) / 1e12:.3g} TFLOP/s in fp32, all together")
     total = world.sum([float(world.rank)])[0]
-    world.say(f"sum of ranks = {total:.0f}, expected {world.size * (world.size - 1) // 2}")
+    world.say(f"sum of ranks = {total:.0f} (expected {world.size * (world.size - 1) // 2})")
     if world.size > 1:
         dist.destroy_process_group()
 
@@ -234,5 +235,5 @@ if __name__ == "__main__":
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except ProcessError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -155,8 +154,8 @@ def make_puzzle(task: str, level: int, generator: torch.Generator, held_out: boo
     """A random problem for training, or, ``held_out``, for testing; ValueError for a task or level that is none."""
     lowest = 2 if task == "countdown" else 1
     if task not in TASKS or not isinstance(level, int) or not lowest <= level <= TASKS[task]:
-        raise ValueError(f"a task is one of {', '.join(TASKS)}, with levels from 1 (countdown: 2) to "
-                         f"{', '.join(map(str, TASKS.values()))}; got {task!r} and {level!r}")
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, level at least 1 (countdown: 2) and at most "
+                         f"{', '.join(map(str, TASKS.values()))}, got {task!r} and {level!r}")
     make = {"chain": _chain, "addition": _addition, "multiplication": _multiplication, "countdown": _countdown}[task]
     while (puzzle := make(level, generator)).is_held_out != held_out:
         pass
@@ -252,8 +251,8 @@ def answer_reward(puzzle: Puzzle, text: str) -> float:
 # --- 4. demo --------------------------------------------------------------------------------------------
 
 def main(task: str, level: int | None, seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed must be in 0 .. 2^63 - 1, got {seed}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
     generator, judged, as_expected = torch.Generator().manual_seed(seed), 0, 0
     for name in TASKS if task == "all" else [task]:
         for dial in range(2, min(5, TASKS[name]) + 1) if level is None else [level]:
@@ -278,16 +277,16 @@ def _attempts(puzzle: Puzzle) -> dict[str, tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=["all", *TASKS], default="all", help="what to show (default all)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--task", choices=["all", *TASKS], default="all",
+                        help="what to show (default %(default)s)")
     parser.add_argument("--level", type=int, help="difficulty (default: 2 to 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the problems (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"puzzles.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))

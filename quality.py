@@ -9,9 +9,9 @@ Formula   page score      p = sigmoid(b + sum_j w_j x_j),  x = counts of words i
           ROC AUC         = P(score of a trusted text > score of a raw text)
 Shapes    a page is a str, a line never contains its line end; weights (2^18,)
 Omits     the identification of languages (C4's tenth rule: langdetect); Gopher's rules for lists of documents;
-          names and addresses, which no pattern finds
+          names and addresses, which no pattern finds.
 Run       python quality.py                       what each rule removes, and the classifier; under 20 s
-          python quality.py --data book.txt       the same of your own pages
+          python quality.py --data 'my/*.txt' --trusted good.jsonl    the same of your own pages
           Ends with "held-out ROC AUC ..."
 Test      pytest tests/test_quality.py
 """
@@ -105,7 +105,8 @@ class BadWords:
         try:
             made = cls(Path(path).read_text(encoding="utf-8").splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}): give a file in UTF-8, one word a line") from None
+            why = getattr(error, "strerror", "not UTF-8")
+            raise ValueError(f"{path}: cannot be read ({why}): give a file in UTF-8, one word a line") from None
         if not made.words and not made.phrases:
             raise ValueError(f"{path}: holds no word: give one word or phrase a line")
         return made
@@ -189,7 +190,7 @@ def has_few_copied_lines(lines: Sequence[str], words: Sequence[str]) -> bool:
 
 def ngram_shares_naive(words: Sequence[str]) -> dict[int, float]:
     """n -> share of the words' characters, as the table says: n up to 4, of the n-gram that occurs most often (the
-    longest of these), all occurrences, without those that overlap the one before; n from 5, of all n-grams that
+    longest of these), all occurrences, also where they overlap; n from 5, of all n-grams that
     occur more than once, each character once."""
     shares, total = {}, max(1, sum(map(len, words)))
     for n in (*TOP_NGRAM, *COPIED_NGRAMS):
@@ -333,8 +334,8 @@ def clean(page: str, bad_words: BadWords | None = None, gopher: bool = True) -> 
 
 def roc_auc(trusted: np.ndarray, raw: np.ndarray) -> float:
     """The share of pairs (trusted, raw) whose first score is higher; ties count half. By ranks, not pairs."""
-    order = np.concatenate([trusted, raw])
-    values, inverse, counts = np.unique(order, return_inverse=True, return_counts=True)
+    scores = np.concatenate([trusted, raw])
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # mean rank of equal scores, from 1
     n, m = len(trusted), len(raw)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
@@ -345,7 +346,7 @@ class QualityClassifier:
 
     Args:
         n_buckets: words that fall in one bucket share a weight.
-        l2: of the weights, per document.
+        l2: how much |w|^2 / 2 counts beside the mean loss of a document.
     """
 
     def __init__(self, n_buckets: int = 2**18, l2: float = 1e-4):
@@ -355,7 +356,7 @@ class QualityClassifier:
 
     def features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The buckets that occur, ascending, and their counts, divided by the length of that vector."""
-        if len(self._bucket) > 2**17:  # bounded memory
+        if len(self._bucket) > 2**17:  # texts without end must not fill the memory
             self._bucket.clear()
         known, buckets = self._bucket, []
         for word in text.lower().split():
@@ -435,7 +436,7 @@ def held_out_auc(trusted: Sequence[str], raw: Sequence[str]) -> float:
     sides = [[[t for t in dict.fromkeys(texts) if is_held_out(t) == side] for texts in (trusted, raw)]
              for side in (False, True)]
     if not all(map(all, sides)):
-        raise ValueError(f"{len(trusted)} trusted and {len(raw)} raw texts are too few to hold some out")
+        raise ValueError(f"{len(trusted)} trusted and {len(raw)} raw texts are too few to hold some out: give more")
     classifier = QualityClassifier().fit(*sides[0])
     return roc_auc(*(np.array([classifier.score(text) for text in texts]) for texts in sides[1]))
 
@@ -444,7 +445,6 @@ def held_out_auc(trusted: Sequence[str], raw: Sequence[str]) -> float:
 
 def main(data: str | None, trusted: str | None, bad_words: str | None, examples: int) -> None:
     from data import default_documents, read_documents
-
     pages = default_documents() if data is None else list(read_documents(data))
     bad = BadWords.from_file(bad_words) if bad_words else None
     counts: dict[str, list] = {}
@@ -463,9 +463,10 @@ def main(data: str | None, trusted: str | None, bad_words: str | None, examples:
         print(f"  {rule:22} {times:7,} times {words:10,} words")
         for what in shown:
             print(f"      {what[:90]!r}")
-    # Topics of Python's help against docstrings: two kinds of prose, told apart by their words.
+    # By default topics of Python's help against docstrings: two kinds of prose, told apart by their words.
     good = list(read_documents(trusted)) if trusted else [page for page in pages if "\n****" in page]
-    raw = [page for page in pages if page not in set(good)]
+    known = set(good)
+    raw = [page for page in pages if page not in known]
     auc = held_out_auc(good, raw)
     print(f"classifier: {len(good):,} trusted against {len(raw):,} raw documents")
     print(f"held-out ROC AUC {auc:.3f}: " + ("better than guessing (0.5)" if auc > 0.6 else "no better than guessing"))
@@ -476,12 +477,14 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
-    parser.add_argument("--trusted", help="text of the quality that is wanted (default: its help topics)")
+    parser.add_argument("--trusted", help="files of the quality that is wanted (default: Python's help topics)")
     parser.add_argument("--bad_words", metavar="FILE", help="one word or phrase a line (default: none)")
     parser.add_argument("--examples", type=int, default=1, help="of each rule to show (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

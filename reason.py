@@ -24,13 +24,13 @@ Measured  the whole demo, 500 held-out chains of 6 operations, 135 s on two core
           majority 1.000 and 0.998. RL and votes share what is between cold start and 1: each step gives to the one and
           takes from the other. By steps of RL, one sample of 250 (seeds 0 and 1): cold start 0.485 and 0.566; 4: 0.698,
           0.767; 8: 0.878, 0.916; 12: 0.930, 0.953, where the majority of 16, 1.000, is but 4.7 points above with seed
-          1. So there are 7.
+          1. So the demo takes 7.
 
 Omits     other tasks than chains, which is all that this model learns in minutes (puzzles.py makes harder ones);
           the language-consistency reward, a judge model in phase 3, distillation, levels that grow with the model.
 Run       python reason.py                      all of it from random weights: minutes
           python reason.py --plot growth.png    length and accuracy under RL as a picture (needs matplotlib)
-          python reason.py --save thinker.pt    keeps the model, for inference_scaling.py
+          python reason.py --out thinker.pt     keeps the model, for inference_scaling.py
           torchrun --nproc_per_node 2 reason.py    batches and samples shared out over processes
 Test      pytest tests/test_reason.py
 """
@@ -41,7 +41,6 @@ import argparse
 import copy
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ Reward = Callable[[Sequence[int], Sequence[int]], float]  # (number of a prompt,
 def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share; never beyond 0 and 1, and right for shares near them.   Wilson 1927"""
     if not 0 <= right <= total or total < 1:
-        raise ValueError(f"expected 0 <= right <= total, total at least 1, got {right} of {total}")
+        raise ValueError(f"want 0 <= right <= total, total at least 1, got {right} of {total}")
     share, scale = right / total, 1 + z * z / total
     middle = (share + z * z / (2 * total)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
@@ -79,6 +78,7 @@ class Report:
 
     @property
     def accuracy(self) -> float:
+        """Share of right answers."""
         return self.right / self.problems
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ def report(responses: Sequence[Sequence[int]], is_right: Callable[[int, Sequence
 def join_rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Ragged rows -> tokens, mask (B, T), padded on the right with 0; mask 1.0 at response tokens."""
     if len(prompts) != len(responses) or not prompts:
-        raise ValueError(f"expected a response to each prompt, got {len(prompts)} and {len(responses)}")
+        raise ValueError(f"want a response to each prompt, got {len(prompts)} and {len(responses)}")
     T = max(len(x) + len(y) for x, y in zip(prompts, responses))
     tokens = torch.tensor([[*x, *y, *[0] * (T - len(x) - len(y))] for x, y in zip(prompts, responses)])
     mask = torch.tensor([[0.0] * len(x) + [1.0] * len(y) + [0.0] * (T - len(x) - len(y))
@@ -115,8 +115,8 @@ def supervised_loss(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def share_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Each gradient becomes its mean over the processes of the group: with equal shares of the batch, that of all of
-    it. Nothing is done where no processes were started."""
+    """Each gradient becomes its mean over the processes of the group: with equal shares of a batch that of the whole
+    batch. Without process groups it stays as it is."""
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         for p in model.parameters():
             if p.grad is not None:
@@ -133,7 +133,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, grou
 
 
 def learn_from_rows(model: nn.Module, rows: Callable[[int], Rows], steps: int, lr: float, group=None) -> int:
-    """``steps`` of AdamW on the batches ``rows(step)``, after a warm-up, lr falling to 0; returns tokens trained on."""
+    """``steps`` steps of AdamW on batches ``rows(step)``, lr warmed up, then down to 0. Returns tokens trained on."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     seen, warm_up = 0, max(1, min(30, steps // 10))
     for step in range(steps):
@@ -187,7 +187,7 @@ def rejection_sample(prompts: Sequence[list[int]], responses: Sequence[Sequence[
                      is_good: Callable[[int, Sequence[int]], bool], keep: int) -> Rows:
     """Of each prompt's samples those that are good, no two the same, the first ``keep``: what phase 3 is trained on."""
     if len(prompts) != len(responses) or keep < 1:
-        raise ValueError(f"expected samples of each prompt and keep of at least 1, got {len(prompts)} prompts, "
+        raise ValueError(f"want samples of each prompt and keep of at least 1, got {len(prompts)} prompts, "
                          f"{len(responses)} groups and keep {keep}")
     kept = [(prompt, list(y)) for i, (prompt, group) in enumerate(zip(prompts, responses))
             for y in list(dict.fromkeys(tuple(y) for y in group if is_good(i, y)))[:keep]]
@@ -316,16 +316,17 @@ def self_train(base: nn.Module, policy: nn.Module, school, steps: int, seed: int
     return model
 
 
-def main(level: int, steps: int, rl_steps: int, problems: int, seed: int, plot: str | None, save: str | None) -> None:
-    if not 2 <= level <= 12 or min(steps, rl_steps, problems) < 1 or not 0 <= seed < 2**31:
+def main(level: int, steps: int, rl_steps: int, problems: int, seed: int, plot: str | None, out: str | None) -> None:
+    if not 2 <= level <= 12 or min(steps, rl_steps, problems) < 1 or not 0 <= seed < 2**32:
         raise ValueError("--level must be in 2 .. 12, --steps, --rl_steps and --problems at least 1, --seed in "
-                         f"0 .. 2^31 - 1, got {level}, {steps}, {rl_steps}, {problems} and {seed}")
+                         f"0 .. 2^32 - 1, got {level}, {steps}, {rl_steps}, {problems} and {seed}")
     from school import School
     rank = int(os.environ.get("RANK", 0))
     figure = new_figure(plot if rank == 0 else None, 10, 4)
+    check_writable(out if rank == 0 else None)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
-    school, began = School(level, seed + 2**31 * rank), time.perf_counter()  # other problems on every process
+    school, began = School(level, seed + 2**32 * rank), time.perf_counter()  # other problems on every process
     tested = {dial: school.problems(problems, dial, True) for dial in sorted({2, (2 + level) // 2, level})}
     hard = tested[level]
 
@@ -377,9 +378,9 @@ def main(level: int, steps: int, rl_steps: int, problems: int, seed: int, plot: 
         first, last = growth[:max(1, rl_steps // 10)], growth[-max(1, rl_steps // 10):]
         say(f"{name}: " + ", ".join(f"{what} {_mean(first, what):.2f} -> {_mean(last, what):.2f}"
                                     for what in ("accuracy", "length")))
-    if save and rank == 0:
-        torch.save({"level": level, "model": policy.state_dict()}, save)
-        say(f"saved: {save}")
+    if out is not None and rank == 0:
+        torch.save({"level": level, "model": policy.state_dict()}, out)
+        say(f"saved: {out}")
     if figure is not None:
         _draw(figure, grown)
         figure.savefig(plot)
@@ -389,10 +390,10 @@ def main(level: int, steps: int, rl_steps: int, problems: int, seed: int, plot: 
     zero_gain, control_gain = from_zero.accuracy - untrained.accuracy, random.accuracy - untrained.accuracy
     as_expected = control_gain < zero_gain / 3 and all(gain >= least for gain, least in zip(gains, (0.20, 0.15, 0.05)))
     if rank == 0:
+        points = (100 * gain for gain in (*gains, zero_gain, control_gain))
         print("points gained: chain of thought over direct {:.1f} (expected at least 20), RL over the cold start "
-              "{:.1f} (15), majority of 16 over one {:.1f} (5); over the base, RL {:.1f} and with a random reward "
-              "{:.1f} (under a third): {}".format(*(100 * gain for gain in (*gains, zero_gain, control_gain)),
-                                           "OK" if as_expected else "NOT as expected"))
+              "{:.1f} (at least 15), majority of 16 over one {:.1f} (at least 5); over the base, RL {:.1f} and with a "
+              "random reward {:.1f} (under a third of it): {}".format(*points, "OK" if as_expected else "WRONG"))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -419,8 +420,8 @@ def _vote(school, problems: Sequence, samples: list[list[int]]) -> tuple[float, 
 
 
 def new_figure(path: str | None, width: float, height: float):
-    """A picture to be drawn and saved under ``path``, None without one. Raises ValueError without matplotlib, or for a
-    path that cannot be written: now, not in the end."""
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
     if path is None:
         return None
     try:
@@ -429,10 +430,29 @@ def new_figure(path: str | None, width: float, height: float):
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be drawn: {error}") from None
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
     return figure
+
+
+def check_writable(path: str | None) -> None:
+    """ValueError for a file that cannot be written: now, not after the work. None is no file."""
+    if path is not None:
+        try:
+            is_new = not os.path.exists(path)
+            open(path, "ab").close()  # keeps what is there
+            if is_new:
+                os.remove(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                             "room on the disk") from None
 
 
 def _draw(figure, grown: dict[str, list[Growth]]) -> None:
@@ -444,21 +464,26 @@ def _draw(figure, grown: dict[str, list[Growth]]) -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--level", type=int, default=LEVEL, help=f"operations of the hardest chains (default {LEVEL})")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of learning from worked steps (default {STEPS})")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--level", type=int, default=LEVEL,
+                        help="operations of the hardest chains (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS,
+                        help="of learning from worked steps (default %(default)s)")
     parser.add_argument("--rl_steps", type=int, default=RL_STEPS,
-                        help=f"of each reinforcement learning (default {RL_STEPS})")
-    parser.add_argument("--problems", type=int, default=500, help="held-out problems of each level (default 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, problems and samples (default 0)")
+                        help="of each reinforcement learning (default %(default)s)")
+    parser.add_argument("--problems", type=int, default=500,
+                        help="held-out problems of each level (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of weights, problems and samples (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw growth under RL (needs matplotlib)")
-    parser.add_argument("--save", metavar="FILE.pt", help="keep phase 2's model for inference_scaling.py")
+    parser.add_argument("--out", metavar="FILE.pt", help="keep phase 2's model for inference_scaling.py")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"reason.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

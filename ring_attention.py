@@ -11,7 +11,7 @@ Shapes    q (B, H, T/P, Dh), k and v (B, Hkv, T/P, Dh) on each rank -> (B, H, T/
           a rank sends (P-1) 2 B Hkv T/P Dh numbers forward, about twice that backward
 Omits     attention between texts of different length (q and k of one sequence here), windows, dropout of attention.
 Run       python ring_attention.py                                    2 processes on the CPU, 10 s
-          torchrun --nproc_per_node 2 ring_attention.py --length 512
+          torchrun --nproc_per_node 2 ring_attention.py --length 512    the same on processes that torchrun starts
           Ends with "max |ring - one process| = ..."
 Test      pytest tests/test_ring_attention.py
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,7 +67,8 @@ def zigzag(x: Tensor, dim: int, group: dist.ProcessGroup | None = None) -> Tenso
     """
     rank, P = rank_and_size(group)
     if x.size(dim) % (2 * P):
-        raise ValueError(f"{P} ranks cut a text into {2 * P} chunks, which do not divide its length {x.size(dim)}")
+        raise ValueError(f"{P} ranks cut a text into {2 * P} chunks, which do not divide its length {x.size(dim)}: "
+                         f"want a multiple of {2 * P}")
     chunks = x.chunk(2 * P, dim)
     return torch.cat((chunks[rank], chunks[2 * P - 1 - rank]), dim)
 
@@ -162,8 +162,8 @@ class _Travel:
     def _naming(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # one of them died or hangs
-            raise RuntimeError(f"{self.name} did not get through: {error}") from None
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.name} did not get through, another rank died or hangs: {error}") from None
 
 
 def _parts(rank: int, source: int, T: int, is_causal: bool) -> tuple[slice, slice, bool]:
@@ -239,7 +239,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, grou
         raise ValueError("ring attention needs q (B, H, T, Dh) and k, v (B, Hkv, T, Dh), Hkv dividing H, got "
                          f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     if is_causal and q.size(2) % 2:
-        raise ValueError(f"a zigzag part has an early and a late half, {q.size(2)} positions have not")
+        raise ValueError("a rank's part has an early and a late half (zigzag): want an even number of positions, got "
+                         f"{q.size(2)}")
     return _RingAttention.apply(q, k, v, is_causal, group, forward, backward)
 
 
@@ -279,25 +280,25 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P)
     torch.set_num_threads(1)
     say = print if rank == 0 else lambda *words: None
-    draw = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
     T = options.length
-    q, grad = (torch.randn(1, 4, T, 32, generator=draw, dtype=torch.float64) for _ in range(2))
-    k, v = (torch.randn(1, 2, T, 32, generator=draw, dtype=torch.float64) for _ in range(2))
+    q, grad = (torch.randn(1, 4, T, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(1, 2, T, 32, generator=generator, dtype=torch.float64) for _ in range(2))
     error, sent, exchange = 0.0, [], dist.batch_isend_irecv
     for is_causal in (True, False):
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
         expected = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=is_causal, enable_gqa=True)
         expected.backward(grad)
         mine = [zigzag(x, 2).requires_grad_() for x in (q, k, v)]
-        dist.batch_isend_irecv = lambda round: sent.append(round[0].tensor.nbytes) or exchange(round)
+        dist.batch_isend_irecv = lambda pair: sent.append(pair[0].tensor.nbytes) or exchange(pair)
         found = ring_attention(*mine, is_causal)
         forward = sum(sent)
         found.backward(zigzag(grad, 2))
         dist.batch_isend_irecv = exchange
         kv = 8 * 2 * k.numel() // P
-        say(f"{'causal' if is_causal else 'not causal':10}  {P} ranks, {T} positions, {T // P} on each; sent forward "
-            f"{forward:,} bytes, formula {(P - 1) * kv:,}; backward {sum(sent) - forward:,}, "
-            f"formula {(2 * P - 1) * kv:,}")
+        say(f"{'causal' if is_causal else 'not causal':10}  {P} ranks, {T} positions, {T // P} on each; bytes sent "
+            f"forward {forward:,}, formula {(P - 1) * kv:,}; backward {sum(sent) - forward:,}, formula "
+            f"{(2 * P - 1) * kv:,}")
         sent.clear()
         for ours, theirs in zip((found, *(x.grad for x in mine)), (expected, *(x.grad for x in whole))):
             error = max(error, (ours - zigzag(theirs, 2)).abs().max().item())
@@ -308,19 +309,12 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.destroy_process_group()
 
 
-def main() -> None:
-    # Without argparse's usage lines a mistake is answered in one line.
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start, if not under torchrun (default 2)")
-    parser.add_argument("--length", type=int, default=768, help="of the text, a multiple of 2 * ranks (default 768)")
-    parser.add_argument("--seed", type=int, default=0, help="of the data (default 0)")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     started_by_torchrun = "RANK" in os.environ
     P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
-    if P < 1 or options.length < 1 or options.length % (2 * P) or not 0 <= options.seed < 2**62:
-        parser.exit(2, "ring_attention.py: --ranks must be positive, --length a multiple of twice their number, --seed "
-                       "in 0 .. 2^62 - 1\n")
+    if P < 1 or options.length < 1 or options.length % (2 * P) or not 0 <= options.seed < 2**32:
+        raise ValueError("--ranks must be at least 1, --length a multiple of twice their number and --seed in "
+                         f"0 .. 2^32 - 1, got {P}, {options.length} and {options.seed}")
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     from processes import start_ranks
@@ -329,7 +323,19 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--ranks", type=int, default=2,
+                        help="processes to start, if not under torchrun (default %(default)s)")
+    parser.add_argument("--length", type=int, default=768,
+                        help="of the text, a multiple of 2 * ranks (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data (default %(default)s)")
     try:
-        main()
+        main(parser.parse_args())
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

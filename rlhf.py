@@ -296,7 +296,7 @@ def grpo_loss(new: Tensor, old: Tensor, reference: Tensor | None, advantages: Te
     _same_shape(new=new, old=old, mask=mask, **({} if reference is None else {"reference": reference}))
     _same_shape(advantages=advantages, rows=mask[:, 0])
     if length not in ("sequence", "constant") or length == "constant" and not max_length or kl and reference is None:
-        raise ValueError('length is "sequence", or "constant" with max_length; kl needs the reference: got '
+        raise ValueError('length must be "sequence", or "constant" with max_length, and kl needs the reference, got '
                          f"{length!r}, {max_length}, kl {kl}, reference {'missing' if reference is None else 'given'}")
     A, ratio = advantages[:, None], ((new - old) * mask).exp()
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
@@ -342,7 +342,7 @@ class PPOConfig:
 
     def __post_init__(self):
         if isinstance(self.truncated, str) and self.truncated not in ("judged", "bootstrapped"):
-            raise ValueError(f'truncated is "judged", "bootstrapped" or a score, got {self.truncated!r}')
+            raise ValueError(f'truncated must be "judged", "bootstrapped" or a score, got {self.truncated!r}')
         limits = self.temperature, self.max_gradient, self.score_clip, self.value_clip, self.stop_kl
         if (min(self.epochs, self.minibatches) < 1 or not 0 < self.clip < 1 or not 0 <= self.gamma <= 1
                 or not 0 <= self.lam <= 1 or not all(limit is None or limit > 0 for limit in limits)):
@@ -420,7 +420,7 @@ def ppo_update(policy: nn.Module, value: nn.Module, optimizer: torch.optim.Optim
 
     Returns, of the batch: "kl" to the reference (nats per answer), "score", "length", "truncated" (share), "entropy"
     (nats per token, an estimate), "explained_variance" of the returns by the critic; means over the steps made:
-    "policy_loss", "value_loss", "clipped" (share of ratios), "gradient" (norm before clipping); and "steps", how many,
+    "policy_loss", "value_loss", "clipped" (share of ratios), "grad_norm" (before clipping); and "steps", how many,
     and "step_kl", KL(old || new) per token where it ended.
 
     Raises ValueError for answers without tokens or finite scores, by row, and for more minibatches than answers.
@@ -449,7 +449,7 @@ def ppo_update(policy: nn.Module, value: nn.Module, optimizer: torch.optim.Optim
     optimizer.zero_grad()
     means = torch.tensor(steps or [[math.nan] * 4]).mean(0).tolist()
     return (_batch_statistics(batch, *targets[1:], sum_over_ranks)
-            | dict(zip(("policy_loss", "value_loss", "clipped", "gradient"), means))
+            | dict(zip(("policy_loss", "value_loss", "clipped", "grad_norm"), means))
             | {"step_kl": step_kl, "steps": len(steps)})
 
 

@@ -8,14 +8,14 @@ Formula   RNN   h' = tanh(W x + U h + b)
           LSTM  i, f, o = sigmoid(..), g = tanh(..),  c' = f c + i g,  h' = o tanh(c')     (.. = W x + U h + b)
 Shapes    x (B, S, inputs), state (B, D) or two of them -> outputs (B, S, D), the last state
 Omits     stacked layers, dropout, the LSTM's peephole connections.
-Run       python rnn.py                  the four shapes, and gradients that vanish: seconds
-          python rnn.py --plot rnn.png
+Run       python rnn.py                  the four shapes, and gradients that vanish: a few seconds
+          python rnn.py --plot rnn.png   both end with "... each above the one before: True"
 Test      pytest tests/test_rnn.py
 """
 
 import argparse
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -126,13 +126,13 @@ class Recurrent(nn.Module):
         Row b has lengths[b] steps, or all S; outputs behind them are zero. ``state``: the first, None is zero.
         """
         if x.dim() != 3 or x.size(-1) != self.weight_ih_l0.size(1) or not x.numel():
-            raise ValueError(f"expected x of shape (B, S, {self.weight_ih_l0.size(1)}), got {tuple(x.shape)}")
+            raise ValueError(f"x must be (B, S, {self.weight_ih_l0.size(1)}) and not empty, got shape {tuple(x.shape)}")
         B, S, _ = x.shape
         if lengths is not None and (lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > S):
             raise ValueError(f"lengths must be {B} values in 1 .. {S}, got {lengths.tolist()}")
         state = (x.new_zeros(B, self.d_model),) * self.n_state if state is None else state
         if [part.shape for part in state] != [(B, self.d_model)] * self.n_state:
-            raise ValueError(f"the state of this {self.cell} is {self.n_state} of shape ({B}, {self.d_model}), "
+            raise ValueError(f"the state of this {self.cell} must be {self.n_state} of shape ({B}, {self.d_model}), "
                              f"got {[tuple(part.shape) for part in state]}")
         bias = self.bias_ih_l0 if self.cell == "gru" else self.bias_ih_l0 + self.bias_hh_l0
         projected = F.linear(x, self.weight_ih_l0, bias).transpose(0, 1).contiguous().unbind()  # S of (B, gates D)
@@ -199,14 +199,30 @@ class RecurrentNetwork(nn.Module):
 
 # --- 4. demo ----------------------------------------------------------------------------------
 
-def _draw(path: str, norms: dict[str, Tensor]) -> None:
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(layout="constrained")
-    if Path(path).suffix[1:] not in figure.canvas.get_supported_filetypes() or not Path(path).parent.is_dir():
-        raise ValueError(f"--plot {path}: name a picture in a folder that is there, as in --plot rnn.png")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
+    return figure
+
+
+def _draw(figure, path: str, norms: dict[str, Tensor]) -> None:
     axes = figure.subplots()
     for name, values in norms.items():
         axes.semilogy(values.numpy(), label=name)
@@ -217,10 +233,10 @@ def _draw(path: str, norms: dict[str, Tensor]) -> None:
 
 
 def main(d_model: int, distance: int, batch: int, seed: int, plot: str | None) -> None:
-    if min(d_model, distance, batch) < 1 or not 0 <= seed < 2**63:
-        raise ValueError("--d_model, --distance and --batch must be at least 1 and --seed in 0 .. 2^63 - 1, "
+    if min(d_model, distance, batch) < 1 or not 0 <= seed < 2**32:
+        raise ValueError("--d_model, --distance and --batch must be at least 1 and --seed in 0 .. 2^32 - 1, "
                          f"got {d_model}, {distance}, {batch} and {seed}")
-    generator = torch.Generator().manual_seed(seed)
+    figure, generator = new_figure(plot, 6.4, 4.8), torch.Generator().manual_seed(seed)
     network, tokens = RecurrentNetwork(9, 8, generator=generator), torch.zeros(2, 5, dtype=torch.long)
     for shape, given, out in (("one to one", tokens[:, 0], network.one_to_one(tokens[:, 0])),
                               ("one to many", tokens[:, 0], network.one_to_many(tokens[:, 0], 4)),
@@ -237,8 +253,8 @@ def main(d_model: int, distance: int, batch: int, seed: int, plot: str | None) -
           f"{'':20}" + "".join(f"{k:>9}" for k in shown))
     for name, values in norms.items():
         print(f"{name:20}" + "".join(f"{values[k] / values[0]:9.0e}" for k in shown))
-    if plot:
-        _draw(plot, norms)
+    if plot is not None:
+        _draw(figure, plot, norms)
     rnn, lstm, remembering = (norms[name][-1] / norms[name][0] for name in ("rnn", "lstm", "lstm, forget bias 3"))
     print(f"\nleft after {distance} steps: rnn {rnn:.0e}, lstm {lstm:.0e}, lstm with open gates {remembering:.0e}, "
           f"each above the one before: {bool(rnn < lstm < remembering)}")
@@ -248,14 +264,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--d_model", type=int, default=64, help="width of inputs and states (default 64)")
-    parser.add_argument("--distance", type=int, default=40, help="steps between input and output (default 40)")
-    parser.add_argument("--batch", type=int, default=16, help="sequences to average over (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and inputs (default 0)")
+    parser.add_argument("--d_model", type=int, default=64, help="width of inputs and states (default %(default)s)")
+    parser.add_argument("--distance", type=int, default=40,
+                        help="steps between input and output (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="sequences to average over (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and inputs (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the gradients by distance (needs matplotlib)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        parser.exit(130, "\n")
+        parser.exit(130)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: not enough memory
-        parser.error(str(error).splitlines()[0])
+        parser.error(str(error).splitlines()[0][:200])

@@ -10,7 +10,8 @@ Formula   attention   a(t, s) = softmax over s of score(h_t, e_s),   context_t =
 Shapes    source (B, S), inputs (B, T), padded on the right -> logits (B, T, V), attention (B, T, S)
 Omits     stacked layers, dropout, subwords, Luong's local attention, coverage. The recurrent layer is handed in:
           rnn.py has it; the demo's sentences, batches and scores are those of pairs.py.
-Run       python rnn_nmt.py                      two translators of numbers and dates: under a minute
+Run       python rnn_nmt.py                      two translators of numbers and dates: under a minute;
+                                                 ends with "the longest fifth: ..."
           python rnn_nmt.py --language german --translate "ninety-seven"        or --plot nmt.png
           python rnn_nmt.py --pairs fra.tsv      sentence pairs of your own, Tatoeba's say
 Test      pytest tests/test_rnn_nmt.py
@@ -18,10 +19,10 @@ Test      pytest tests/test_rnn_nmt.py
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -125,7 +126,7 @@ class Translator(nn.Module):
     def encode(self, source: Tensor, lengths: Tensor) -> Memory:
         """source (B, S), lengths (B,) -> what the decoder is given. ValueError for shapes that do not fit."""
         if source.dim() != 2 or lengths.shape != source.shape[:1]:
-            raise ValueError(f"expected source (B, S) and lengths (B,), got {tuple(source.shape)} and "
+            raise ValueError(f"source must be (B, S) and lengths (B,), got shapes {tuple(source.shape)} and "
                              f"{tuple(lengths.shape)}")
         x = self.source_embedding(source)  # (B, S, E)
         left, left_state = self.forwards(x, None, lengths)
@@ -168,7 +169,7 @@ class Translator(nn.Module):
         is with probability ``sampling`` drawn from the decoder's own prediction.   Bengio et al. 2015 (1506.03099)
         """
         if not 0 <= sampling <= 1:
-            raise ValueError(f"sampling is a probability, got {sampling}")
+            raise ValueError(f"sampling must be in [0, 1], got {sampling}")
         memory = self.encode(source, lengths)
         state = self.start(memory)
         if not sampling:
@@ -221,7 +222,7 @@ def beam_translation(model: Translator, source: Tensor, beams: int, max_words: i
     """The translation found with the highest log p / words^length_penalty, END counted as a word, and this score.
 
     source (S,). Every step keeps the ``beams`` likeliest beginnings; those that end leave the beam. A length penalty
-    of 0 compares sums of log p, which favours the short, 1 means.   Wu et al. 2016 (1609.08144), section 7
+    of 0 compares sums of log p, which favours short ones, 1 compares means.   Wu et al. 2016 (1609.08144), section 7
     """
     max_words = 2 * len(source) + 10 if max_words is None else max_words
     if beams < 1 or max_words < 1 or source.dim() != 1:
@@ -283,16 +284,26 @@ def attention_to(model: Translator, batch: Batch) -> list[Tensor]:
     return [rows[:t, :s] for rows, t, s in zip(a, words.tolist(), lengths.tolist())]
 
 
-def _figure(path: str):
-    """An empty figure, and every reason why it could not be saved, before the long work."""
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure((11, 5), layout="constrained")
-    if Path(path).suffix[1:] not in figure.canvas.get_supported_filetypes() or not Path(path).parent.is_dir():
-        raise ValueError(f"--plot {path}: name a picture in a folder that is there, as in --plot nmt.png")
-    open(path, "ab").close()  # raises if it cannot be written, and keeps what is there
+    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
     return figure
 
 
@@ -314,11 +325,11 @@ def _draw(figure, by_length: dict[str, dict[str, float]], a: Tensor, source: lis
 
 def main(pairs: str | None, language: str | None, attention: str, steps: int, sampling: float, text: str | None,
          seed: int, plot: str | None) -> None:
-    if steps < 1 or not 0 <= seed < 2**63 or not 0 <= sampling <= 1:
-        raise ValueError("--steps must be at least 1, --seed in 0 .. 2^63 - 1 and --sampling in [0, 1], "
+    if steps < 1 or not 0 <= seed < 2**32 or not 0 <= sampling <= 1:
+        raise ValueError("--steps must be at least 1, --seed in 0 .. 2^32 - 1 and --sampling in [0, 1], "
                          f"got {steps}, {seed} and {sampling}")
     if pairs and language:
-        raise ValueError("--language chooses the generated corpus and --pairs brings another; give one of them")
+        raise ValueError("--language chooses the generated corpus and --pairs brings another: give one of them")
     from pairs import (alignment_error_rate, attention_links, bleu, build_vocabulary, chrf, endless_batches,
                        exact_match, read_corpus, to_batch, to_ids, to_text, to_words, translate)
     from rnn import Recurrent
@@ -332,7 +343,7 @@ def main(pairs: str | None, language: str | None, attention: str, steps: int, sa
         to_ids([words], vocabularies[0])  # refuses what cannot be translated
         if len(words) > (longest := max(len(pair.source) for pair in training)):
             print(f"note: {len(words)} words, and no sentence trained on has more than {longest}: expect mistakes")
-    figure = _figure(plot) if plot else None
+    figure = new_figure(plot, 11, 5)
     print(f"\n{len(training)} pairs to train on, {len(test)} held out; vocabularies of {len(vocabularies[0])} and "
           f"{len(vocabularies[1])} words; such as\n{to_text(test[0].source)}\n= {to_text(test[0].target)}\n")
     sources, references = [to_text(pair.source) for pair in test], [to_text(pair.target) for pair in test]
@@ -363,7 +374,7 @@ def main(pairs: str | None, language: str | None, attention: str, steps: int, sa
         for name, search in searches.items():
             print(f"{name}  {translate(search, [text], *vocabularies)[0]}")
     attentions = attention_to(model, to_batch(test, *vocabularies))
-    if plot:
+    if figure is not None:
         i = min(range(len(test)), key=lambda i: abs(len(test[i].source) - 15))
         _draw(figure, by_length, attentions[i], *test[i][:3])
         figure.savefig(plot, dpi=120)
@@ -375,7 +386,7 @@ def main(pairs: str | None, language: str | None, attention: str, steps: int, sa
         print("\nalignment error rate of the attention {:.2f} (expected below the diagonal's, {:.2f})".format(*errors))
     longest = [i for indices in buckets.values() for i in indices][-max(len(test) // 5, 1):]
     shares = (100 * sum(rows[i] for i in longest) / len(longest) for rows in right.values())
-    print("the longest fifth: {:.0f} % right without attention, {:.0f} % with it (expected: more)".format(*shares))
+    print("the longest fifth: {:.0f} % right without attention, {:.0f} % with it (expected more)".format(*shares))
 
 
 if __name__ == "__main__":
@@ -385,20 +396,21 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
     parser.add_argument("--attention", choices=["dot", "general", "concat"], default="dot",
-                        help="the score of the translator that has attention (default dot)")
-    parser.add_argument("--steps", type=int, default=300, help="of training, batches of 64 (default 300)")
+                        help="the score of the translator that has attention (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of training, batches of 64 (default %(default)s)")
     parser.add_argument("--sampling", type=float, default=0.0, help="how likely the decoder reads its own words "
-                        "by the end of training (default 0: teacher forcing)")
+                        "by the end of training (default %(default)s: teacher forcing)")
     parser.add_argument("--translate", dest="text", help="a sentence to translate after training")
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus, initial weights and batches (default 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the corpus, initial weights and batches (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png",
                         help="draw BLEU by length and an attention matrix (needs matplotlib)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        parser.exit(130, "\n")
-    except ImportError as error:
-        parser.error(f"{error}; the demo needs pairs.py and rnn.py beside this file")
+        parser.exit(130)
     except (ValueError, OSError) as error:
-        parser.error(str(error).splitlines()[0])
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -16,7 +16,6 @@ Test      pytest tests/test_rollout.py
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from torch import Tensor
 
 PADDED = 0.15  # share of padding, at most, among prompts that go through the model together
 
+
+# --- 1. answers, and how a token is drawn ---------------------------------------------------
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -78,7 +79,7 @@ def _checked(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens:
             raise ValueError(f"prompt {i} has ids {min(prompt)} .. {max(prompt)}, the vocabulary is 0 .. {V - 1}")
 
 
-# --- 1. as the formula reads ----------------------------------------------------------------
+# --- 2. generation, as the formula reads ----------------------------------------------------
 
 @torch.no_grad()
 def naive_generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
@@ -127,7 +128,7 @@ def _padded(rows: list[list[int]], log_probs: list[list[float]], starts: list[in
     return Rollout(tokens, mask.float(), log_p, ended, lengths)
 
 
-# --- 2. the same, fast ----------------------------------------------------------------------
+# --- 3. the same, fast ----------------------------------------------------------------------
 
 @torch.no_grad()
 def generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
@@ -250,11 +251,11 @@ def _leave(cache, going: Tensor, count: int) -> Tensor:
     return order
 
 
-# --- 3. demo --------------------------------------------------------------------------------
+# --- 4. demo --------------------------------------------------------------------------------
 
 def main(prompts: int, max_new_tokens: int, seed: int) -> None:
-    if prompts < 1 or max_new_tokens < 1 or not 0 <= seed < 2**63:
-        raise ValueError("--prompts and --max_new_tokens must be at least 1 and --seed in 0 .. 2^63 - 1, got "
+    if prompts < 1 or max_new_tokens < 1 or not 0 <= seed < 2**32:
+        raise ValueError("--prompts and --max_new_tokens must be at least 1 and --seed in 0 .. 2^32 - 1, got "
                          f"{prompts}, {max_new_tokens} and {seed}")
     from gpt import GPT, GPTConfig
     draw = torch.Generator().manual_seed(seed)
@@ -275,21 +276,23 @@ def main(prompts: int, max_new_tokens: int, seed: int) -> None:
     print(f"mean length {length:.1f}; expected about {expected:.0f}: each token ends an answer with probability 1/32")
     same = one.tokens.shape == many.tokens.shape and bool((one.tokens == many.tokens).all())
     error = (one.log_probs - many.log_probs).abs().max().item() if same else float("inf")
-    print(f"batched = alone: {same} ({prompts} answers); max |difference of log-probs| = {error:.1e} "
+    print(f"batched = alone: {same} (expected True; {prompts} answers); max |difference of log-probs| = {error:.1e} "
           "(expected below 1e-4)")
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=64, help="answers to write (default 64)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="per answer, at most (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and answers (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--prompts", type=int, default=64, help="answers to write (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="per answer, at most (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of weights, prompts and answers (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"rollout.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

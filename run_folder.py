@@ -27,6 +27,8 @@ from pathlib import Path
 _LOCKS: dict[str, object] = {}  # folder -> the open file that holds its lock
 
 
+# --- 1. what a folder is for -----------------------------------------------------------------
+
 def decide(settings, given: set[str]) -> tuple:
     """On rank 0: what this run is. Returns a config.TrainConfig, and the checkpoint to go on from or None.
 
@@ -67,12 +69,12 @@ def decide(settings, given: set[str]) -> tuple:
     for name in FIXED_BY_CHECKPOINT:
         if name in given and getattr(settings, name) != saved["train_config"].get(name):
             raise ConfigError(f"{path} was trained with --{name}={saved['train_config'].get(name)}, not "
-                              f"{getattr(settings, name)}; leave the flag out to resume, or give another --out")
+                              f"{getattr(settings, name)}: leave the flag out to resume, or give another --out")
     kept = {field.name for field in dataclasses.fields(settings)} - given - OF_THE_MACHINE
     merged = {name: value for name, value in saved["train_config"].items() if name in kept}
     settings = dataclasses.replace(settings, **merged, resume=True, overwrite=False)
     if settings.steps < saved["step"]:
-        raise ConfigError(f"{path} has done {saved['step']} steps already; --steps={settings.steps} is less")
+        raise ConfigError(f"{path} has done {saved['step']} steps already, --steps={settings.steps} is less: give more")
     return settings, path
 
 
@@ -104,15 +106,15 @@ def lock(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a+")
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written to ({error.strerror}): check it and its permissions, or give "
-                          f"another --out") from None
+        raise ConfigError(f"{out}: cannot be written ({error.strerror}): check the folder, its permissions and "
+                          f"the room on the disk, or give another --out") from None
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         with file:
             file.seek(0)
-            raise ConfigError(f"{out} is being written by process {file.read() or '?'}; wait for it, end it, or give "
+            raise ConfigError(f"{out} is being written by process {file.read() or '?'}: wait for it, end it, or give "
                               f"another --out") from None
     except (ImportError, OSError) as error:  # Windows, or a file system without locks
         print(f"{out} cannot be locked ({error}): see to it that no second run writes there", flush=True)
@@ -133,7 +135,7 @@ def home(out: Path) -> Path:
     return out.parent if out.name == "pretrain" else out
 
 
-# --- demo -------------------------------------------------------------------------------------------
+# --- 2. demo ---------------------------------------------------------------------------------
 
 def main() -> None:
     import subprocess

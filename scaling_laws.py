@@ -7,9 +7,10 @@ Formula   L(N, D) = E + A / N^alpha + B / D^beta,   C = 6 N D                   
           G = (alpha A / (beta B))^(1 / (alpha + beta))                                          (eq. 4)
           method 1   for every C the best of all runs (fixed N, any D): a line through log N, log C
           method 2   loss at one C is a parabola in log N: a line through the bottoms
-          method 3   min over the constants of  sum Huber_0.001(LSE(a - alpha log N, b - beta log D, e) - log L)
+          method 3   min over the constants of  mean Huber_0.001(log of the law - log L),  the law's log being
+                     logsumexp(log A - alpha log N, log B - beta log D, log E)
 Shapes    runs (n, 3) float64: columns N, D, loss in nats per token
-Omits     downstream scores; the law for repeated data (Muennighoff et al. 2023); the FLOPs of attention in C
+Omits     downstream scores; the law for repeated data (Muennighoff et al. 2023); the FLOPs of attention in C.
 Run       python scaling_laws.py                        the three methods on points from the published law
           python scaling_laws.py --fit runs.csv         on a CSV with the columns N, D, loss
 Test      pytest tests/test_scaling_laws.py
@@ -145,7 +146,7 @@ def check_runs(runs: np.ndarray) -> np.ndarray:
     """(n, 3) float64 of positive numbers; ValueError for too few runs or sizes to fit anything."""
     runs = np.asarray(runs, dtype=np.float64)
     if runs.ndim != 2 or runs.shape[1] != 3:
-        raise ValueError(f"runs must be (n, 3): columns N, D, loss; got shape {runs.shape}")
+        raise ValueError(f"runs must be (n, 3), columns N, D, loss, got shape {runs.shape}")
     if not (np.isfinite(runs).all() and (runs > 0).all()):
         raise ValueError("N, D and loss must be positive numbers in every run")
     sizes, tokens = len(set(runs[:, 0])), len(set(runs[:, 1]))
@@ -169,8 +170,8 @@ def read_runs(path: str | Path) -> np.ndarray:
             reader.fieldnames = columns
             missing = [name for name in ("N", "D", "loss") if name not in columns]
             if missing:
-                raise ValueError(f"{path}: column {' and '.join(missing)} is missing; "
-                                 f"found {', '.join(columns) or 'none'}")
+                raise ValueError(f"{path}: column {' and '.join(missing)} is missing, "
+                                 f"found {', '.join(columns) or 'none'}: name all three in the first line")
             rows = []
             for row in reader:
                 try:
@@ -179,11 +180,12 @@ def read_runs(path: str | Path) -> np.ndarray:
                 except (TypeError, ValueError):
                     good = False
                 if not good:
-                    raise ValueError(f"{path}, line {reader.line_num}: N, D and loss must be positive numbers")
+                    raise ValueError(f"{path}, line {reader.line_num}: N, D and loss must be positive numbers: "
+                                     "correct or remove the line")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: no CSV in UTF-8 ({error})") from None
+        raise ValueError(f"{path}: not CSV in UTF-8 ({error}): save it as such") from None
     try:
         return check_runs(np.array(rows).reshape(-1, 3))
     except ValueError as error:
@@ -221,7 +223,7 @@ def _profiles(runs: np.ndarray, budgets: int) -> list[tuple[float, np.ndarray, n
 
 
 def _planned_profiles(runs: np.ndarray) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """The same of runs that were planned so: three sizes or more within 5 % of one C. Empty if most runs were not."""
+    """The same for runs that share their C by plan: three sizes or more within 5 % of it. Empty if most runs do not."""
     log_c = np.log(runs[:, 0] * runs[:, 1])
     order = np.argsort(log_c, kind="stable")
     found, grouped = [], 0
@@ -267,7 +269,10 @@ def iso_flop_method(runs: np.ndarray, budgets: int = 30) -> Frontier:
 
 
 def huber_objective(theta: Tensor, runs: Tensor) -> Tensor:
-    """Mean Huber loss of log L, over HUBER^2: theta (..., 5) = (a, b, e, alpha, beta), runs (n, 3) -> (...). Eq. 3."""
+    """Mean Huber loss of log L, over HUBER^2. Eq. 3.
+
+    theta (..., 5) = (a, b, e, alpha, beta), where a, b, e = log A, log B, log E; runs (n, 3) -> (...).
+    """
     log_n, log_d, log_l = runs.log().unbind(-1)  # each (n,)
     a, b, e, alpha, beta = theta[..., None].unbind(-2)  # each (..., 1)
     terms = torch.stack((a - alpha * log_n, b - beta * log_d, e.expand(*e.shape[:-1], len(runs))))  # (3, ..., n)
@@ -288,7 +293,7 @@ def kaplan_objective(theta: Tensor, runs: Tensor) -> Tensor:
 
 
 def parametric_fit(runs: np.ndarray, starts: Tensor | None = None, keep: int = 8) -> Law:
-    """Method 3: L-BFGS from the best ``keep`` of a grid of starts (appendix D.3's, 4500 of them). Section 3.3.
+    """Method 3: L-BFGS from the best ``keep`` of a grid of starts (4500, those of appendix D.3). Section 3.3.
 
     ``starts`` (n, 5), such as the constants of an earlier fit, replaces the grid. Float64: the objective is flat.
     """
@@ -387,7 +392,7 @@ def show_fit(source: str, plot: str | None = None, samples: int = 40) -> None:
     """Three methods on a CSV, or on points of the published law ("chinchilla")."""
     import scaling
 
-    picture = scaling.figure(plot) if plot else None
+    figure = scaling.new_figure(plot, 9, 5)
     known = source == "chinchilla"
     runs = sample_runs(CHINCHILLA, noise=0.002) if known else read_runs(source)
     print(f"{len(runs)} runs, N from {runs[:, 0].min():.3g} to {runs[:, 0].max():.3g}, "
@@ -410,8 +415,8 @@ def show_fit(source: str, plot: str | None = None, samples: int = 40) -> None:
     for C in (1e21, 1e23, 1e25) if runs[:, 0].max() > 1e8 else (1e15, 1e17, 1e19):
         N, D = law.optimum(C)
         print(f"  {C:.0e} FLOPs: N = {N:.3g}, D = {D:.3g}, loss {law.loss(N, D):.4f}")
-    if picture:
-        figure, axes = picture
+    if figure is not None:
+        axes = figure.add_subplot()
         profiles = iso_flop_profiles(runs)
         for C, N, loss, parabola in profiles[::max(1, len(profiles) // 6)]:
             color = axes.plot(N, loss, "o")[0].get_color()
@@ -426,10 +431,12 @@ def show_fit(source: str, plot: str | None = None, samples: int = 40) -> None:
           + (f" (expected {CHINCHILLA.exponents[0]:.3f})" if known else ""))
 
 
-def main(fit: str | None, plot: str | None) -> None:
+def main(fit: str | None, samples: int, plot: str | None) -> None:
+    if samples < 2:
+        raise ValueError(f"--samples must be at least 2, got {samples}")
     if fit is None:
         show_laws()
-    show_fit("chinchilla" if fit is None else fit, plot)
+    show_fit("chinchilla" if fit is None else fit, plot, samples)
 
 
 if __name__ == "__main__":
@@ -438,10 +445,14 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--fit", metavar="FILE.csv",
                         help="fit laws to columns N, D, loss ('chinchilla': to points of its law)")
+    parser.add_argument("--samples", type=int, default=40,
+                        help="of the runs, for the intervals: the bootstrap (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the parabolas (needs matplotlib)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -1,4 +1,4 @@
-"""A school for a model of 0.2M parameters: chains like 3+8-4 mod 10, as ids, in all the ways they are met.
+"""A school for a model of 0.2M parameters: chains like 3+8-4 mod 10, as ids, in all the ways in which they are met.
 
 Idea      A base model has read answers of every kind: with steps, without, after examples, after earlier attempts. What
           reasoning training starts from is decided here: how often steps are met, and where they stand. A tiny model
@@ -7,9 +7,11 @@ Idea      A base model has read answers of every kind: with steps, without, afte
           of training, without them everything after 500 (0.2M parameters, batches of 64). And a chain begins with its
           first digit, so that every step is made of the one before and of one operation: greedy accuracy 0.82 after
           450 steps of 32 rows, without that digit 0.15 after 600, the first step still at chance.
+Formula   a chain d_0 o_1 d_1 ... o_n d_n:  r_0 = d_0,  r_i = r_(i-1) o_i d_i mod 10;  the steps are r_0 ... r_n, the
+          answer is r_n;  width = max(11, level + 6) + 2 level + 2,  longest = level + 11
 Shapes    prompt = [an example or an earlier answer | blanks][question | blanks] =,  ``width`` ids for every problem;
           response = <think> steps </think><answer> a </answer><end>, at most ``longest`` ids
-Omits     other tasks than chains: puzzles.py makes them, their questions and steps need a larger model.
+Omits     other tasks than chains: puzzles.py makes them; their questions and steps need a larger model.
 Run       python school.py              ten texts that the base model reads, ten that people judge
           python school.py --level 3    shorter ones
 Test      pytest tests/test_school.py
@@ -18,7 +20,6 @@ Test      pytest tests/test_school.py
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,6 +28,8 @@ from torch import Tensor
 
 Rows = tuple[list[list[int]], list[list[int]]]  # prompts, responses
 
+
+# --- 1. the school ---------------------------------------------------------------------------
 
 class School:
     """Problems up to a level as ids, and texts to learn from. What is drawn comes from one generator."""
@@ -53,9 +56,11 @@ class School:
         return ids
 
     def response(self, text: str) -> list[int]:
+        """The ids of an answer, its end included."""
         return [*self.puzzles.ids_of(text), self.end]
 
     def problems(self, count: int, level: int | None = None, held_out: bool = False) -> list:
+        """``count`` chains, puzzles.Puzzle each, of one level or (None) of all levels alike."""
         levels = torch.randint(1, self.level + 1, (count,), generator=self.generator).tolist()
         return [self.puzzles.make_puzzle("chain", level or some, self.generator, held_out) for some in levels]
 
@@ -118,9 +123,11 @@ class School:
         return prompts, responses
 
     def is_right(self, puzzle, response: Sequence[int]) -> bool:
+        """Whether a response ends in the right answer."""
         return self.puzzles.answer_reward(puzzle, self.puzzles.text_of(response)) == 1
 
     def is_well_formed(self, response: Sequence[int]) -> bool:
+        """Whether a response has ended and has the asked-for form."""
         return response[-1] == self.end and self.puzzles.format_reward(self.puzzles.text_of(response)) == 1
 
     def general(self, count: int) -> tuple[list[list[int]], list[list[int]], Tensor]:
@@ -150,6 +157,7 @@ class School:
                                                 stop_tokens=[self.end], generator=generator)
 
     def answer(self, response: Sequence[int]) -> str | None:
+        """What a response answers; None if it does not."""
         return self.puzzles.read_answer(self.puzzles.text_of(response))
 
     def examine(self, model: nn.Module, problems: Sequence, before: str = "", temperature: float = 1.0):
@@ -171,7 +179,11 @@ def new_model(school: School, seed: int) -> nn.Module:
     return model
 
 
+# --- 2. demo ---------------------------------------------------------------------------------
+
 def main(level: int, seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
     school = School(level, seed)
     print("what the base model reads")
     prompts, responses = school.corpus(10)
@@ -186,15 +198,17 @@ def main(level: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--level", type=int, default=6, help="operations of the longest chains (default 6)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--level", type=int, default=6,
+                        help="operations of the longest chains (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"school.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -1,11 +1,11 @@
 """Speedup: how much faster a job gets on more processors.   Amdahl 1967, Gustafson 1988
 
-Idea      A share s of the work is serial. On one problem of fixed size it ends up as all of the time (strong scaling).
-          A problem that grows with the machine hides it (weak scaling).
+Idea      A share s of the work is serial. On a problem of fixed size it is in the end all of the time that is left
+          (strong scaling). A problem that grows with the machine hides it (weak scaling).
 Formula   Amdahl      speedup(p) = 1 / (s + (1 - s) / p)  ->  1 / s: 500 x on 1000 processors needs s <= 0.1 %
           Gustafson   speedup(p) = s + (1 - s) p
 Shapes    no tensors: p processors, s in [0, 1], seconds
-Omits     costs that grow with p, such as communication: planner.py counts those
+Omits     costs that grow with p, such as communication: planner.py counts those.
 Run       python speedup.py      tables for 1 ... 256 processors, and the serial share measured here: a few seconds
 Test      pytest tests/test_speedup.py
 """
@@ -54,12 +54,14 @@ def gustafson_speedup(serial: float, processors: float) -> float:
 def fit_serial_share(processors: Sequence[float], seconds: Sequence[float], weak: bool = False) -> float:
     """The serial share s that explains measured times best, by least squares on relative errors.
 
-    Strong scaling: seconds = t (s + (1 - s) / p). Weak: work done in ``seconds`` is p-fold, and speedup p t / seconds
-    = s + (1 - s) p. Needs two different numbers of processors.
+    Strong scaling: seconds = t (s + (1 - s) / p). Weak: p-fold work takes ``seconds``, so the speedup p t_1 / seconds
+    is s + (1 - s) p. ValueError without two different numbers of processors, and for weak scaling without p = 1.
     """
     p, t = np.asarray(processors, dtype=float), np.asarray(seconds, dtype=float)
     if p.shape != t.shape or p.ndim != 1 or len(set(p.tolist())) < 2 or (p <= 0).any() or (t <= 0).any():
         raise ValueError(f"want as many positive times as processors, of at least two numbers, got {p} and {t}")
+    if weak and p.min() != 1:
+        raise ValueError(f"weak scaling is measured against one processor, got {p}")
     if weak:  # p t_1 / t = s (1 - p) + p, with t_1 the time of the smallest number
         speedup = p * t[p.argmin()] / t
         share = ((1 - p) * (speedup - p)).sum() / ((1 - p) ** 2).sum()
@@ -92,10 +94,33 @@ def measure_threads(repeats: int = 5) -> tuple[list[int], list[float]]:
 
 # --- 3. demo ----------------------------------------------------------------------------------
 
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
+    return figure
+
+
 def main(repeats: int, plot: str | None) -> None:
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
-    processors = [2**i for i in range(9)]
+    figure, processors = new_figure(plot, 9, 5), [2**i for i in range(9)]
     print(f"{'':22}" + "".join(f"{p:>8}" for p in processors))
     for serial in (0.001, 0.01, 0.1):
         for name, law in (("Amdahl", amdahl_speedup), ("Gustafson", gustafson_speedup)):
@@ -103,16 +128,16 @@ def main(repeats: int, plot: str | None) -> None:
     print(f"500 x on 1000 processors: s = {amdahl_serial_share(500, 1000):.4%} (expected about 0.1 %)")
     threads, seconds = measure_threads(repeats)
     print("measured here: " + ", ".join(f"{n} threads {s * 1e3:.1f} ms" for n, s in zip(threads, seconds)))
-    if plot:
-        import scaling
-        drawn, axes = scaling.figure(plot)
+    if figure is not None:
+        axes = figure.add_subplot()
         for serial in (0.001, 0.01, 0.1):
             axes.loglog(processors, [amdahl_speedup(serial, p) for p in processors], label=f"Amdahl, s = {serial}")
             axes.loglog(processors, [gustafson_speedup(serial, p) for p in processors], "--",
                         label=f"Gustafson, s = {serial}")
         axes.set(xlabel="processors", ylabel="speedup")
         axes.legend()
-        scaling.save_figure(drawn, plot)
+        figure.savefig(plot)
+        print(f"drawn: {plot}")
     known = fit_serial_share(processors, [amdahl_speedup(0.05, p) ** -1 for p in processors])
     here = f"{fit_serial_share(threads, seconds):.2f}" if len(threads) > 1 else "unknown: there is one processor"
     print(f"serial share fitted to times of s = 0.05: {known:.4f} (expected 0.0500); of the work measured here: {here}")
@@ -129,5 +154,5 @@ if __name__ == "__main__":
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -20,13 +20,13 @@ Test      pytest tests/test_stages.py
 import argparse
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 import torch
 import torch.nn as nn
@@ -42,7 +42,7 @@ def load_policy(directory: str | Path, device: torch.device | str = "cpu"):
     import decode
     model, encoding = decode.load_model(directory, str(device))
     for p in model.parameters():
-        p.data = p.data.contiguous()  # decoding one row likes another layout than training and sending
+        p.data = p.data.contiguous()  # decoding one row prefers another layout than training and sending do
     encoding = chat.extend(encoding)
     chat.resize_vocabulary(model, encoding.max_token_value + 1, torch.Generator().manual_seed(0))
     return model, encoding
@@ -105,12 +105,12 @@ class Stage:
         self.check(total, norm)
         self.trained.step()
         self.trained.zero_grad()
-        return {"loss": total, "gradient": norm}
+        return {"loss": total, "grad_norm": norm}
 
     def check(self, loss: float, norm: float) -> None:
         """ValueError if the loss or the gradient's norm is not finite: nothing of this step is to be saved."""
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise ValueError(f"{self.name}: loss {loss} and gradient norm {norm} are not finite; a lower "
+            raise ValueError(f"{self.name}: loss {loss} and gradient norm {norm} are not finite: take a lower "
                              f"--{self.name}_lr, or look at the data")
 
     def run(self, learn: Callable[[int], dict[str, float]]) -> None:
@@ -141,13 +141,13 @@ class Stage:
                     left = timedelta(seconds=round(spent / (done - first) * (self.total - done)))
                     shown = "  ".join(f"{key} {value:.3g}" for key, value in line.items() if key not in ("step", "lr"))
                     world.say(f"{self.name} {done:>5}/{self.total}  {shown}  ETA {left}")
-                stops, number = world.sum([float(bool(received)), float((received or [0])[0])])
-                if last or stops or done % every == 0:
+                stops = world.sum([float(signal in received) for signal in (SIGINT, SIGTERM)])  # on any process
+                if last or any(stops) or done % every == 0:
                     self._save(done, lines)
                     lines = []
-                if stops:
+                if any(stops):
                     world.say(f"{self.name}: stopped after step {done}, saved in {folder}; --resume goes on")
-                    raise SystemExit(128 + round(number / stops))
+                    raise SystemExit(128 + (SIGTERM if stops[1] else SIGINT))
         if first < self.total:
             world.say(f"{self.name}: {self.total - first} steps in {time.perf_counter() - began:.0f} s, saved in "
                       f"{folder}")
@@ -162,8 +162,7 @@ class Stage:
         meta = checkpoint.load_into(path, self.trained.tensors(states), world.everyone)
         self.trained.refresh()
         self.state, step = meta["state"], meta["step"]
-        world.say(f"{self.name}: " + (f"going on from step {step}" if step < self.total else "done already")
-                  + f", in {folder}")
+        world.say(f"{self.name}: " + (f"resuming from {path}" if step < self.total else f"done already, in {folder}"))
         return step
 
     def _save(self, step: int, lines: list[dict]) -> None:
@@ -192,12 +191,12 @@ def sample_answers(model: nn.Module, encoding, conversations: Sequence[list], co
     import chat
     import rollout
     if len(conversations) < team.parts:
-        raise ValueError(f"{len(conversations)} answers are too few for {team.parts} processes: a larger batch")
+        raise ValueError(f"{len(conversations)} answers are too few for {team.parts} processes: take a larger batch")
     generator = torch.Generator().manual_seed(hash((config.seed, *draw)) % 2**63)
-    uniforms = torch.rand(len(conversations), config.new_tokens, generator=generator)
+    uniforms = torch.rand(len(conversations), config.max_new_tokens, generator=generator)
     mine = team.share(len(conversations))
     prompts = [chat.render_prompt(encoding, messages) for messages in conversations[mine]]
-    found = rollout.generate_rollout(model, prompts, config.new_tokens, uniforms=uniforms[mine],
+    found = rollout.generate_rollout(model, prompts, config.max_new_tokens, uniforms=uniforms[mine],
                                      stop_tokens=[encoding.encode_single_token(chat.END)],
                                      whole_logits=team.whole_logits(model))
     return found, [chat.answer_text(encoding, response) for response in found.responses()]
@@ -272,7 +271,7 @@ def _ranking_loss(scores: Tensor, rankings: Sequence, count: int) -> tuple[Tenso
 
 def run_reward(config, team, pairs: tuple[list, list], init: str) -> dict[str, float]:
     """A reward model from ranked answers, of which pairs are the shortest; centred so that all answers together score 0
-    on average. Returns its accuracy and calibration on all pairs of the rankings held out."""
+    on average. Returns its accuracy and calibration on all pairs of the held-out rankings."""
     import preference
     import rlhf
     model, encoding = read_policy(team, init)
@@ -356,7 +355,7 @@ def run_ppo(config, team, questions, pairs: tuple[list, list], init: str, reward
                                 team.total, (team.share(len(asked)).start, len(asked)), team.losses(model),
                                 stage.trained.clip)
         if stats["steps"]:
-            stage.check(stats["policy_loss"] + stats["value_loss"], stats["gradient"])
+            stage.check(stats["policy_loss"] + stats["value_loss"], stats["grad_norm"])
         if config.ppo_kl_target and coefficient:
             adaptive = rlhf.AdaptiveKL(coefficient, config.ppo_kl_target, 10 * config.ppo_batch)
             stage.state = {"kl_coefficient": adaptive.update(stats["kl"], len(asked))}
@@ -390,7 +389,7 @@ def run_grpo(config, team, questions, pairs: tuple[list, list], init: str, rewar
             new = team.log_probs(model, found.tokens) * mask
         # One step per batch: the policy that answered is the policy that learns, so every ratio is 1.
         loss = rlhf.grpo_loss(new, new.detach(), under_reference, advantages, mask, kl=config.grpo_kl,
-                              length=config.grpo_length, max_length=config.new_tokens, count=len(asked))
+                              length=config.grpo_length, max_length=config.max_new_tokens, count=len(asked))
         kl, length = team.sum([((new - under_reference) * mask).sum().item(), mask.sum().item()])
         means = {"score": everywhere.mean().item(), "kl": kl / len(asked), "length": length / len(asked)}
         return stage.step(loss) | means
@@ -407,7 +406,8 @@ def run_dpo(config, team, pairs: tuple[list, list], init: str) -> None:
     train = _fit_rankings(team, encoding, pairs[0], model.config.context)
     of_pairs = config.dpo_kind == "ipo" or config.dpo_label_smoothing > 0
     if of_pairs and (longest := max(map(len, train))) > 2:
-        raise ValueError(f"--dpo_kind=ipo and --dpo_label_smoothing compare two answers, --preferences ranks {longest}")
+        raise ValueError(f"--dpo_kind=ipo and --dpo_label_smoothing compare two answers, --preferences ranks {longest}"
+                         ": leave them out, or rank two")
     at = _epochs([sum(len(tokens) for tokens, _ in ranking) for ranking in train], config.dpo_batch, config.seed)
     total = config.dpo_epochs * max(1, len(train) // config.dpo_batch)
     stage = Stage("dpo", config, team, encoding, {"model": model}, total, config.dpo_lr)
@@ -456,8 +456,8 @@ class _Settings:
 
 
 def main(steps: int, seed: int) -> None:
-    if steps < 3 or not 0 <= seed < 2**31:
-        raise ValueError(f"--steps must be at least 3 and --seed in 0 .. 2^31 - 1, got {steps} and {seed}")
+    if steps < 3 or not 0 <= seed < 2**32:
+        raise ValueError(f"--steps must be at least 3 and --seed in 0 .. 2^32 - 1, got {steps} and {seed}")
     import gpt
     import processes
     import team
@@ -491,15 +491,16 @@ def main(steps: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="of training (default 30)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--steps", type=int, default=30, help="of training (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"stages.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -16,8 +16,6 @@ Test      pytest tests/test_team.py
 import argparse
 import contextlib
 import functools
-import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -35,8 +33,12 @@ class Team:
     """A run's processes in their layout: neighbours, ``tp`` of them, work together on one part of every batch.
 
     Args:
-        world: processes.World, of processes that all call this. zero: ZeRO's stage for what is trained.
-    Raises ValueError if ``tp`` does not divide the processes.
+        world: processes.World, of processes that all call this.
+        zero: ZeRO's stage, for what is trained.
+        timeout: seconds after which a silent process counts as lost.
+
+    Raises:
+        ValueError: if ``tp`` does not divide the processes.
     """
 
     def __init__(self, world, tp: int = 1, zero: int = 0, timeout: int = 600):
@@ -78,7 +80,7 @@ class Team:
         return lambda logits: gather_from_ranks(logits, -1, self.slices)[..., :model.config.vocab_size]
 
     def share(self, count: int) -> slice:
-        """This part's rows of so many: as equal as can be, earlier rows in earlier parts."""
+        """This part's rows of ``count``: as equal as can be, earlier rows in earlier parts."""
         return slice(count * self.part // self.parts, count * (self.part + 1) // self.parts)
 
     def deal(self, batch: list) -> tuple[list, float]:
@@ -92,7 +94,7 @@ class Team:
         return [total / self.tp for total in self.world.sum(values)]
 
     def total(self, x: Tensor) -> Tensor:
-        """The same for a tensor."""
+        """The sum of a tensor over the parts of a batch."""
         x = x.clone()
         if self.parts > 1:
             dist.all_reduce(x, group=self.data)
@@ -132,12 +134,13 @@ class Trained:
             yield
 
     def finish(self) -> None:
-        """After the backward of a step."""
+        """After the step's last backward: the gradients are complete. Once a step, on every process."""
         for zero in self.zeros:
             zero.finish()
 
     def clip(self, most: float) -> Tensor:
-        """Scale the gradient of all to a norm of at most ``most``; returns the norm before."""
+        """Scale the gradient of all models to a norm of at most ``most``; returns the norm before, the same on every
+        process."""
         square = sum(zero.squared_norm() for zero in self.zeros)
         return [zero.clip_grad_norm(most, square) for zero in self.zeros][0]
 
@@ -232,6 +235,7 @@ def _train(team: Team, steps: int, seed: int) -> Tensor:
 
 
 def _demo(rank: int, steps: int, seed: int, rendezvous: str) -> None:
+    """What every process runs; the first prints."""
     import processes
     torch.set_num_threads(1)
     expected = _train(Team(processes.World()), steps, seed)
@@ -247,23 +251,24 @@ def _demo(rank: int, steps: int, seed: int, rendezvous: str) -> None:
 
 
 def main(steps: int, seed: int) -> None:
-    if steps < 1 or not 0 <= seed < 2**63:
-        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^63 - 1, got {steps} and {seed}")
+    if steps < 1 or not 0 <= seed < 2**32:
+        raise ValueError(f"--steps must be at least 1 and --seed in 0 .. 2^32 - 1, got {steps} and {seed}")
     from processes import start_ranks
     with tempfile.TemporaryDirectory() as folder:  # the processes meet through a file: no port to be taken
         start_ranks(_demo, (steps, seed, (Path(folder) / "ranks").as_uri()), 2)
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="of AdamW (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and texts (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and texts (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"team.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

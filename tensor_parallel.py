@@ -11,7 +11,7 @@ Shapes    column: x (..., n_in) -> (..., n_out/P);  row: x (..., n_in/P) -> (...
           logits (B, T, Vp), Vp = ceil(V/P): no rank ever holds (B, T, V)
 Omits     overlap of the forward sums with computation; weights that are drawn in slices (the model is built whole, so
           that its weights are those of one process, then cut); caches under sequence parallelism; encoder-decoders.
-Run       python tensor_parallel.py                                    2 ranks on the CPU, about 10 s
+Run       python tensor_parallel.py                                    2 processes on the CPU, 10 s
           torchrun --nproc_per_node 2 tensor_parallel.py --sequence    with the norms' work divided too
           Ends with "max |TP - one process| = ..."
 Test      pytest tests/test_tensor_parallel.py
@@ -87,7 +87,8 @@ def _all_reduce(x: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = 
 def _own_slice(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
     rank, P = rank_and_size(group)
     if x.size(dim) % P:
-        raise ValueError(f"{P} ranks cannot share {x.size(dim)} entries of dimension {dim} evenly")
+        raise ValueError(f"{P} ranks cannot share {x.size(dim)} entries of dimension {dim} evenly: want a multiple of "
+                         f"{P}")
     return x.chunk(P, dim)[rank].contiguous()
 
 
@@ -274,8 +275,8 @@ def vocabulary_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int,
     """
     _, P = rank_and_size(group)
     if logits.shape[:-1] != targets.shape or logits.size(-1) != math.ceil(vocab_size / P):
-        raise ValueError(f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)} and a vocabulary "
-                         f"of {vocab_size} on {P} ranks")
+        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit: want logits "
+                         f"{(*targets.shape, math.ceil(vocab_size / P))} for a vocabulary of {vocab_size} on {P} ranks")
     if P == 1:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
@@ -286,9 +287,9 @@ def vocabulary_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int,
 # --- 3. a model, cut ----------------------------------------------------------------------------------
 
 class _SlicedDropout(TorchFunctionMode):
-    """Dropout on a slice drops what one process would drop there: the mask is drawn for the whole, then sliced; over
-    T with sequence parallelism, and over the heads where attention drops weights (there by the naive formula: torch's
-    kernels draw theirs inside. One process draws the same on a CPU; its fused kernels on CUDA draw another)."""
+    """Dropout on a slice drops what one process would drop there: the mask is drawn for the whole, then sliced, over
+    T with sequence parallelism, and over the heads where attention drops weights. Attention is the naive formula then,
+    as torch's kernels draw masks of their own inside: one process draws the same on a CPU, but another on CUDA."""
 
     def __init__(self, group: dist.ProcessGroup | None, sequence: bool):
         super().__init__()
@@ -326,7 +327,7 @@ def fitting_ranks(config) -> list[int]:
 
 
 def _cut(module: nn.Module, kind: str, head: int | None, group: dist.ProcessGroup | None, sequence: bool) -> nn.Module:
-    """This rank's slice of a linear layer or an embedding; ``head``: rows that stay together."""
+    """This rank's slice of a linear layer or an embedding; ``head``: rows of one head, which stay together."""
     rank, P = rank_and_size(group)
     weight, bias = module.weight.detach(), None
     dim, size, copies = int(kind == "row"), module.weight.size(int(kind == "row")), 1
@@ -359,7 +360,7 @@ def _padded(weight: Tensor, P: int) -> Tensor:
 
 
 def _sum_of_copies(gradient: Tensor, cut: Cut) -> Tensor:
-    """The sum of the gradients of a slice over the ranks that hold it, by a sum of the whole."""
+    """The sum of the gradients of a slice over the ranks that hold it, by a sum of all slices."""
     rank, P = rank_and_size(cut.group)
     slices = gradient.new_zeros(P // cut.copies, *gradient.shape)
     slices[rank // cut.copies] = gradient
@@ -370,7 +371,7 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None, se
     """Cut a model of the contract, the same on every rank, in place, by its ``tp_plan``; returns it.
 
     Afterwards ``model(tokens)`` gives (B, T, Vp), this rank's slice of the logits, for
-    ``vocabulary_cross_entropy`` (so do BERT's hidden tokens; what else an encoder gives is whole on every rank);
+    ``vocabulary_cross_entropy`` (so do BERT's logits of hidden tokens; its other results are whole on every rank);
     every rank gets the same tokens and, with dropout, the same seed. A vocabulary that P does not divide is padded
     with zeros that nothing reads. Key and value heads fewer than ranks are copied.
 
@@ -385,11 +386,13 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None, se
     (rank, P), config = rank_and_size(group), model.config
     trunk = getattr(model, "bert", model)  # where the blocks are: BERT's tasks keep their encoder there
     encoder = hasattr(trunk, "pooler")  # post-norm, and what follows its blocks is whole on every rank
-    if P > 1 and (P not in fitting_ranks(config) or getattr(config, "qk_norm", False)):
-        fitting = [1] if getattr(config, "qk_norm", False) else fitting_ranks(config)
+    qk_norm = getattr(config, "qk_norm", False)  # over all heads, which then no rank has
+    if P > 1 and (qk_norm or P not in fitting_ranks(config)):
+        fitting = [1] if qk_norm else fitting_ranks(config)
         raise ValueError(f"{P} ranks cannot share {config.n_heads} heads, "
                          f"{getattr(config, 'n_kv_heads', config.n_heads)} key and value heads and {config.d_ff} "
-                         f"hidden units (a norm over all heads cannot be shared); {', '.join(map(str, fitting))} can")
+                         f"hidden units{' beside a norm over all heads' if qk_norm else ''}: "
+                         f"{', '.join(map(str, fitting))} can")
     if P == 1:
         return model
     for name, p in list(model.named_parameters()):
@@ -441,7 +444,7 @@ def squared_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float,
                    group: dist.ProcessGroup | None = None) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` for cut parameters; returns the norm, a scalar, as it was before."""
+    """``torch.nn.utils.clip_grad_norm_`` for cut parameters; returns the norm before, the same on every rank."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = squared_norm(parameters, group).sqrt()
     for p in parameters:
@@ -462,12 +465,12 @@ def whole(p: Tensor, cut: Cut | None = None) -> Tensor:
 
 # --- 4. demo ----------------------------------------------------------------------------------------
 
-def _train(model: nn.Module, options: argparse.Namespace, group, text: Tensor) -> tuple[list[float], nn.Module]:
-    """A few AdamW steps on the text; every rank has the same batch."""
+def _train(model: nn.Module, options: argparse.Namespace, group, text: Tensor) -> list[float]:
+    """A few AdamW steps on the text; every rank has the same batch. Returns the losses."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    draw = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
     for _ in range(options.steps):
-        starts = torch.randint(len(text) - 65, (8, 1), generator=draw)
+        starts = torch.randint(len(text) - 65, (8, 1), generator=generator)
         batch = text[starts + torch.arange(65)]  # (8, T + 1)
         loss = vocabulary_cross_entropy(model(batch[:, :-1]), batch[:, 1:], 257, group).mean()
         loss.backward()
@@ -487,8 +490,8 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P)
     torch.set_num_threads(1)
     say = print if rank == 0 else lambda *words: None
-    text = torch.tensor(list(subprocess.check_output([sys.executable, "-m", "this"])))  # bytes
-    config = GPTConfig(vocab_size=257, context=64, n_layers=2, n_heads=4, d_model=options.width)
+    text = torch.tensor(list(subprocess.check_output([sys.executable, "-m", "this"])))  # (N,), bytes
+    config = GPTConfig(vocab_size=257, context=64, n_layers=2, n_heads=4, d_model=options.d_model)
 
     def model():
         return GPT(config, generator=torch.Generator().manual_seed(options.seed)).double()
@@ -508,23 +511,14 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.destroy_process_group()
 
 
-def main() -> None:
-    # Without argparse's usage lines a mistake is answered in one line.
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2,
-                        help="processes to start, if not under torchrun: 1, 2 or 4 (default 2)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default 10)")
-    parser.add_argument("--width", type=int, default=64, help="width of the model, a multiple of 4 (default 64)")
-    parser.add_argument("--sequence", action="store_true", help="divide the norms' work, too")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     started_by_torchrun = "RANK" in os.environ
     P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
     if P not in (1, 2, 4):
-        parser.exit(2, f"tensor_parallel.py: 4 heads can be shared by 1, 2 or 4 ranks, not by {P}\n")
-    if options.steps < 1 or options.width < 4 or options.width % 4 or not 0 <= options.seed < 2**62:
-        parser.exit(2, "tensor_parallel.py: --steps must be positive, --width a multiple of 4, --seed 0 .. 2^62 - 1\n")
+        raise ValueError(f"--ranks must be 1, 2 or 4, for the model has 4 heads, got {P}")
+    if options.steps < 1 or options.d_model < 4 or options.d_model % 4 or not 0 <= options.seed < 2**32:
+        raise ValueError("--steps must be at least 1, --d_model a multiple of 4 and --seed in 0 .. 2^32 - 1, "
+                         f"got {options.steps}, {options.d_model} and {options.seed}")
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     from processes import start_ranks
@@ -533,7 +527,21 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--ranks", type=int, default=2,
+                        help="processes to start, if not under torchrun: 1, 2 or 4 (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--d_model", type=int, default=64,
+                        help="width of the model, a multiple of 4 (default %(default)s)")
+    parser.add_argument("--sequence", action="store_true", help="divide the norms' work, too")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default %(default)s)")
     try:
-        main()
+        main(parser.parse_args())
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

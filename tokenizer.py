@@ -49,19 +49,19 @@ def count_words(texts: Iterable[str], pattern: str = GPT2_SPLIT) -> dict[bytes, 
     str, or ``pattern`` is no regular expression, captures groups, or leaves out part of a text (tiktoken
     would drop it without a word)."""
     if isinstance(texts, (str, bytes)):
-        raise ValueError(f"texts must be an iterable of str, got one {type(texts).__name__}; pass [text]")
+        raise ValueError(f"texts must be an iterable of str, got one {type(texts).__name__}: pass [text]")
     try:
         split = regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
     if split.groups:
-        raise ValueError(f"pattern {pattern!r} captures {split.groups} group(s); write (?:...) for (...)")
+        raise ValueError(f"pattern {pattern!r} captures {split.groups} group(s): write (?:...) for (...)")
     counts: Counter[str] = Counter()
     for text in map(_without_surrogates, texts):
         words = split.findall(text)
         covered = sum(map(len, words))
         if covered < len(text):
-            raise ValueError(f"pattern {pattern!r} covers {covered} of {len(text)} characters; add |(?s:.)")
+            raise ValueError(f"pattern {pattern!r} covers {covered} of {len(text)} characters: add |(?s:.)")
         counts.update(words)
     return {word.encode(): n for word, n in counts.items() if word}
 
@@ -76,13 +76,13 @@ def train_bpe_naive(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_S
 
     A tie goes to the greatest pair in lexicographic order (bytes of the left token, then of the right), as in
     the paper's own program. A pair that occurs once is merged like any other. No two pairs spell the same
-    token, as what lies between two borders of tokens has been merged alike everywhere: bytes identify it.
+    token, as equal bytes between two borders of tokens have been merged alike everywhere: bytes identify it.
 
     Returns token -> rank in order of rank, the 256 bytes first; fewer if every word has become one token.
     Raises ValueError if ``vocab_size`` is below 256, and as ``count_words``.
     """
     if vocab_size < 256:
-        raise ValueError(f"vocab_size {vocab_size} is below 256, the number of bytes")
+        raise ValueError(f"vocab_size must be at least 256, the number of bytes, got {vocab_size}")
     words = {tuple(bytes([b]) for b in word): n for word, n in count_words(texts, pattern).items()}
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < vocab_size:
@@ -124,12 +124,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT) 
     """The ranks of ``train_bpe_naive`` (arguments, result and errors too), touching only words that change.
 
     A word is a str with one character chr(rank) per token, so that finding a pair is C code. Merging a b in
-    "l a b r" changes four counts: (l, a) and (b, r) lose what (l, ab) and (ab, r) gain. Only pairs with the
-    new token gain: they go on the heap. Of pairs that lose, the heap keeps the old count, too high, and
-    corrects it when it comes up: the first that is true is the maximum.
+    "l a b r" changes four counts: (l, a) and (b, r) lose what (l, ab) and (ab, r) gain. A count that falls
+    leaves its old entry in the heap, too high; it is corrected when it comes up. Only pairs with the new token
+    gain, and they are pushed. So the first entry that is true is the maximum.
     """
     if vocab_size < 256:
-        raise ValueError(f"vocab_size {vocab_size} is below 256, the number of bytes")
+        raise ValueError(f"vocab_size must be at least 256, the number of bytes, got {vocab_size}")
     word_counts = count_words(texts, pattern)
     words = [word.decode("latin-1") for word in word_counts]  # character b for byte b
     frequency = list(word_counts.values())
@@ -191,7 +191,8 @@ def train(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_SPLIT,
     if isinstance(special_tokens, str) or len({*special_tokens, ""}) <= len(special_tokens):
         raise ValueError(f"special_tokens must be a list of different, non-empty str, got {special_tokens!r}")
     if vocab_size < 256 + len(special_tokens):
-        raise ValueError(f"vocab_size {vocab_size} is below 256 bytes + {len(special_tokens)} special tokens")
+        raise ValueError(f"vocab_size must be at least 256 bytes + {len(special_tokens)} special tokens, "
+                         f"got {vocab_size}")
     ranks = train_bpe(texts, vocab_size - len(special_tokens), pattern)
     special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -242,12 +243,12 @@ def eot(encoding: tiktoken.Encoding) -> int:
 
 def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
     """Write ``path``, tiktoken's "base64 rank" lines, and ``path``.json: name, pattern, special tokens, and
-    the SHA-256 of ``path``, by which ``load`` notices a pair of which a kill has renamed but one. Both are
-    written beside first. ValueError if there is no such folder, OSError if it cannot be written to."""
+    the SHA-256 of ``path``, by which ``load`` notices that a kill has let only one of the two be renamed.
+    Both are written beside first. ValueError if there is no such folder, OSError if it cannot be written to."""
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         problem = "is a" if path.is_dir() else "no such"
-        raise ValueError(f"{path}: {problem} folder; name a file in one there is")
+        raise ValueError(f"{path}: {problem} folder: name a file in a folder that is there")
     ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     data = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
     sidecar = {"name": encoding.name, "pattern": encoding._pat_str,
@@ -321,7 +322,7 @@ def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
     if os.path.isdir(path):
         return _load_gpt2(path / "vocab.json", path / "merges.txt")
     if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file; give a file, a folder with vocab.json and merges.txt, or one "
+        raise ValueError(f"{path}: no such file: give a file, a folder with vocab.json and merges.txt, or one "
                          f"of {', '.join(tiktoken.list_encoding_names())}")
     return _load_ranks(path)
 
@@ -341,7 +342,7 @@ def _load_published(name: str) -> tiktoken.Encoding:
     thread.join(DOWNLOAD_SECONDS)
     if isinstance(outcome[0], tiktoken.Encoding):
         return outcome[0]
-    raise ValueError(f"{name}: tiktoken has no copy and cannot download one ({outcome[0]}); point "
+    raise ValueError(f"{name}: tiktoken has no copy and cannot download one ({outcome[0]}): point "
                      "TIKTOKEN_CACHE_DIR to a filled cache, or give a vocabulary from disk")
 
 
@@ -353,7 +354,7 @@ def _read(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; check the path") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     if not data:
         raise _damaged(path, "is empty")
     return data
@@ -427,7 +428,7 @@ def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
             raise _damaged(merges_path, f"line {number} {line[:40]!r} merges no tokens of {vocab_path.name}")
         if vocab[left + right] <= last:  # tiktoken has one number for both the id and the priority of a merge
             raise ValueError(f"{merges_path}: line {number} is not in the order of ids in {vocab_path.name}, "
-                             "as tiktoken needs it; use the tokenizers library for this vocabulary")
+                             "as tiktoken needs it: use the tokenizers library for this vocabulary")
         ranks[bytes(byte_of[c] for c in left + right)] = last = vocab[left + right]
     made = set(ranks.values())
     special = {token: i for token, i in vocab.items() if i not in made}
@@ -440,7 +441,21 @@ def _load_gpt2(vocab_path: Path, merges_path: Path) -> tiktoken.Encoding:
 
 # --- 5. demo ------------------------------------------------------------------------------------
 
+def check_writable(path: str | None) -> None:
+    """ValueError for a file that cannot be written: now, not after the work. None is no file."""
+    if path is not None:
+        try:
+            is_new = not os.path.exists(path)
+            open(path, "ab").close()  # keeps what is there
+            if is_new:
+                os.remove(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                             "room on the disk") from None
+
+
 def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | None) -> None:
+    check_writable(out)
     split = GPT2_SPLIT if pattern == "gpt2" else CL100K_SPLIT
     if data is None:
         from pydoc_data.topics import topics  # 465 KB of English that every Python has
@@ -449,7 +464,7 @@ def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | 
         try:
             corpus = _read(Path(data)).decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{data}: byte {error.start} is not UTF-8; convert the file first") from None
+            raise ValueError(f"{data}, byte {error.start}: is not UTF-8: convert the file first") from None
     held_out, corpus = corpus[:len(corpus) // 10], corpus[len(corpus) // 10:]
     encoding = train([corpus], vocab_size, split)
     ranks = list(encoding._mergeable_ranks.items())
@@ -467,7 +482,7 @@ def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | 
     if out is not None:
         save(encoding, out)
         same = encode(load(out), held_out) == encode(encoding, held_out)
-        print(f"saved {out} and {out}.json; loaded, they encode alike: {same}   (expected True)")
+        print(f"saved: {out} and {out}.json; loaded, they encode alike: {same}   (expected True)")
     size, part = min(vocab_size, 400), [corpus[:40_000]]
     naive, fast = train_bpe_naive(part, size, split), train_bpe(part, size, split)
     equal = list(naive.items()) == list(fast.items())
@@ -482,17 +497,15 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="UTF-8 text file to learn from (default: the topics of Python's help)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn, <|endoftext|> included "
-                        "(default 4096)")
+                        "(default %(default)s)")
     parser.add_argument("--pattern", choices=("gpt2", "cl100k"), default="gpt2",
-                        help="what counts as a word (default gpt2)")
+                        help="what counts as a word (default %(default)s)")
     parser.add_argument("--text", default="Tokenizers split uncommon words: antidisestablishmentarianism.",
-                        help="sentence to show as tokens (default one with rare words)")
+                        help="sentence to show as tokens (default: one with a rare word)")
     parser.add_argument("--out", help="file to write the vocabulary to, say words.tiktoken")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"cannot write: {error}; make room, or name another file")

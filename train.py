@@ -5,7 +5,7 @@ Idea      Everything before this file is a part; this is the program. Text is re
           in any layout (layout.py), saved so that nothing is ever lost (checkpoint.py), asked to write (decode.py), and
           taught to answer (alignment.py: supervised, a reward model, PPO, DPO, GRPO).
 Formula   loss = -(1/n) sum log p(x_t | x_<t) over ALL n tokens of a step, whoever computed them:
-          n = batch_tokens = processes * accumulation * micro_batch * context. The number of processes changes
+          n = batch_tokens = dp * ep * accumulation * micro_batch * context. The number of processes changes
           who does what, never what is learned.
 Shapes    a microbatch: tokens (micro_batch, context) -> logits (micro_batch, context, V)
 Omits     text larger than memory. With dropout the masks are each data-parallel process's own, and the number of
@@ -152,11 +152,11 @@ class Trainer:
 
         Returns:
             {"loss": mean over all tokens of the step, "grad_norm": before clipping, "lr": ..., "stop": whether
-            any process wants to stop, "bad": None, or where the loss was not finite, "seconds": for all of it}.
+            any process wants to stop, "bad": None, or where the loss was not finite, "seconds": of the whole step}.
         """
         c, lr, began = self.config, learning_rate(self.config, step), time.perf_counter()
         losses = self.gradient(step, windows)
-        norm = self.parallel.clip(c.clip if c.clip > 0 else math.inf)
+        norm = self.parallel.clip(c.max_gradient or math.inf)
         mine = sum(loss.item() for loss in losses.values()) * self.parallel.counts
         loss, stops = self.world.sum([mine, float(stop)])
         bad, finite = None, math.isfinite(loss) and math.isfinite(norm)
@@ -223,8 +223,8 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     needed = layout.bytes_needed(N, grid_of(c))
     if needed > memory(world.device):
         raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
-                          f"{memory(world.device) / 2**30:,.0f} GiB here: more processes and --zero=1, 2 or 3 or --tp, "
-                          f"fewer --n_layers, a smaller --d_model")
+                          f"{memory(world.device) / 2**30:,.0f} GiB here: take more processes with --zero=1, 2 or 3 "
+                          f"or --tp, fewer --n_layers or a smaller --d_model")
     # ZeRO-3 alone: every process draws the whole model, one parameter at a time, and keeps its part of each.
     in_parts = c.zero == 3 and c.tp == c.cp == 1 and c.model != "moe"  # experts draw twice
     generator = torch.Generator().manual_seed(c.seed)
@@ -429,9 +429,9 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, ProcessError, checkpoint.CheckpointError) as error:
         return one_line(str(error), 2) if rank == 0 else 2
     except torch.OutOfMemoryError as error:
-        return one_line(f"rank {rank}: {str(error).splitlines()[0][:150]}; a smaller --micro_batch needs less", 2)
+        return one_line(f"rank {rank}: {str(error).splitlines()[0][:150]}: take a smaller --micro_batch", 2)
     except OSError as error:
-        return one_line(f"{error}; what was saved before is as it was; --resume goes on from there", 2)
+        return one_line(f"{error}; what was saved before is as it was: --resume goes on from there", 2)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except RuntimeError as error:
@@ -439,7 +439,7 @@ def main(arguments: list[str]) -> int:
             "Connection closed", "Connection reset", "Connection refused", "imed out", "Broken pipe"))
         if not lost:
             raise
-        return one_line(f"rank {rank} lost another process ({str(error).splitlines()[0][:120]}); start again with "
+        return one_line(f"rank {rank} lost another process ({str(error).splitlines()[0][:120]}): start again with "
                         f"--resume", 1)
     finally:
         if dist.is_initialized():

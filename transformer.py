@@ -7,11 +7,12 @@ Formula   Attention(Q, K, V) = softmax(Q K^T / sqrt(Dh) + mask) V               
           FFN(x) = max(0, x W_1 + b_1) W_2 + b_2                                                    (eq. 2)
           PE(t, 2i) = sin(t / 10000^(2i/D)),  PE(t, 2i+1) = cos(t / 10000^(2i/D))                (section 3.5)
           post-norm  x = LayerNorm(x + Sublayer(x))    the paper's
-          pre-norm   x = x + Sublayer(LayerNorm(x))   bears higher rates (2002.04745); one more LayerNorm on top
+          pre-norm   x = x + Sublayer(LayerNorm(x))    bears higher learning rates (2002.04745); a LayerNorm on top
           encoder layer: self-attention, FFN;   decoder layer: causal self-attention, attention to the encoder, FFN
 Shapes    source (B, S), targets (B, T) -> memory (B, S, D) -> logits (B, T, V); right-padded with id ``pad``
-Omits     beam search (decode.py has one); T5's way with the same parts is in t5.py
-Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: two minutes
+Omits     beam search (decode.py has one); T5's way with the same parts (t5.py has it).
+Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: two minutes;
+          ends with "better than both in both: ..."
           python transformer.py --pairs pairs.tsv    sentence pairs of your own, Tatoeba's say
 Test      pytest tests/test_transformer.py
 """
@@ -33,7 +34,7 @@ from torch import Tensor
 
 @dataclass
 class TransformerConfig:
-    """The sizes of a Transformer; the defaults are the paper's base model. ValueError for a size that cannot be."""
+    """The sizes of a Transformer; the defaults are the base model's. A size that cannot be raises ValueError."""
     vocab_size: int = 37000  # of the targets; of both sides if they share one vocabulary, as in the paper
     source_vocab_size: int | None = None  # None: shared, and then one matrix embeds both sides (section 3.4)
     context: int = 512  # longest sentence on either side
@@ -51,12 +52,12 @@ class TransformerConfig:
             if (name, size) != ("source_vocab_size", None) and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name} must be a whole number and at least 1, got {size!r}")
         if self.d_model % self.n_heads or self.d_model % 2:
-            raise ValueError("d_model must be even (a sine and a cosine each) and a multiple of n_heads, "
-                             f"got width {self.d_model} and {self.n_heads} heads")
+            raise ValueError("n_heads must divide d_model, and d_model be even (a sine and a cosine each), "
+                             f"got {self.n_heads} heads and width {self.d_model}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 0 <= self.pad < min(self.vocab_size, self.source_vocab_size or self.vocab_size):
-            raise ValueError(f"pad must be an id of the vocabulary, below {self.vocab_size}, got {self.pad}")
+        if not 0 <= self.pad < (V := min(self.vocab_size, self.source_vocab_size or self.vocab_size)):
+            raise ValueError(f"pad must be an id of the vocabulary, in 0 .. {V - 1}, got {self.pad}")
 
 
 BASE = TransformerConfig()  # table 3 of the paper
@@ -254,7 +255,8 @@ class Transformer(nn.Module):
             raise ValueError(f"a sequence of {end} tokens does not fit a context of {self.config.context}")
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= embedding.num_embeddings:
-            raise ValueError(f"token ids {low} .. {high} exceed the vocabulary, 0 .. {embedding.num_embeddings - 1}")
+            raise ValueError(f"token ids {low} .. {high} are not all in the vocabulary, "
+                             f"0 .. {embedding.num_embeddings - 1}")
         x = embedding(tokens) * math.sqrt(self.config.d_model) + self.positions[start:end]
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -275,7 +277,8 @@ class Transformer(nn.Module):
         mask: nothing before it looks there.
         """
         if targets.size(0) != memory.size(0):  # one row would be taken for all
-            raise ValueError(f"a source of {memory.size(0)} rows and targets of {targets.size(0)}")
+            raise ValueError("source and targets must have as many rows, "
+                             f"got {memory.size(0)} and {targets.size(0)}")
         start = cache[0][0][0].size(2) if cache and cache[0][0] else 0
         x = self.embed(targets, self.target_embedding, start)
         T = targets.size(1)
@@ -392,11 +395,11 @@ def train(model: Transformer, batches: Iterable[tuple[Tensor, ...]], steps: int,
 
 def main(pairs: str | None, language: str | None, post_norm: bool, steps: int, warmup_steps: int, smoothing: float,
          text: str | None, seed: int) -> None:
-    if steps < 2 or warmup_steps < 1 or not 0 <= smoothing <= 1 or not 0 <= seed < 2**63:
-        raise ValueError("want --steps >= 2, --warmup_steps >= 1, --smoothing in [0, 1] and --seed in 0 .. 2^63 - 1, "
-                         f"got {steps}, {warmup_steps}, {smoothing} and {seed}")
+    if steps < 2 or warmup_steps < 1 or not 0 <= smoothing <= 1 or not 0 <= seed < 2**32:
+        raise ValueError("--steps must be at least 2, --warmup_steps at least 1, --label_smoothing in [0, 1] and "
+                         f"--seed in 0 .. 2^32 - 1, got {steps}, {warmup_steps}, {smoothing} and {seed}")
     if pairs and language:
-        raise ValueError("--language chooses the generated corpus and --pairs brings another; give one of them")
+        raise ValueError("--language chooses the generated corpus and --pairs brings another: give one of them")
     import rnn_nmt
     from pairs import (END, PAD, START, bleu, build_vocabulary, endless_batches, exact_match, read_corpus, to_ids,
                        to_text, to_words, translate)
@@ -459,18 +462,22 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--pairs", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
-    parser.add_argument("--post_norm", action="store_true", help="the paper's, needs more steps (default: pre-norm)")
-    parser.add_argument("--steps", type=int, default=600, help="of training, batches of 32 (default 600)")
-    parser.add_argument("--warmup_steps", type=int, default=200, help="of the learning rate (default 200; paper 4000)")
-    parser.add_argument("--smoothing", type=float, default=0.1, help="of the labels (default 0.1)")
+    parser.add_argument("--post_norm", action="store_true",
+                        help="the paper's, needs more steps (default: pre-norm)")
+    parser.add_argument("--steps", type=int, default=600, help="of training, batches of 32 (default %(default)s)")
+    parser.add_argument("--warmup_steps", type=int, default=200,
+                        help="of the learning rate (default %(default)s; paper 4000)")
+    parser.add_argument("--label_smoothing", dest="smoothing", type=float, default=0.1,
+                        help="(default %(default)s)")
     parser.add_argument("--translate", dest="text", help="a sentence to translate after training")
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus, initial weights and batches (default 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the corpus, initial weights and batches (default %(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        parser.exit(130, "\n")
-    except ImportError as error:
-        parser.error(f"{error}; the demo needs pairs.py, rnn.py and rnn_nmt.py beside this file")
+        parser.exit(130)
     except (ValueError, OSError) as error:
-        parser.error(str(error).splitlines()[0])
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

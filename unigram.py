@@ -7,7 +7,8 @@ Idea      A word is pieces drawn one by one from one distribution (learned by un
 Formula   p(x) = sum over cuts (s_1 ... s_m) of x of  prod_i p(s_i)
           alpha_0 = 0,  alpha_j = logsumexp over i < j of alpha_i + log p(x_i ... x_j-1),  log p(x) = alpha_n
           best cut = argmax prod_i p(s_i): the same with max (Viterbi)
-          drawn cut ~ (prod_i p(s_i))^alpha: from the end, start i with probability exp(alpha_i + log p - alpha_j)
+          drawn cut ~ (prod_i p(s_i))^a: from the end j, a piece begins at i with probability
+          exp(alpha_i + a log p(x_i ... x_j-1) - alpha_j), these alpha made of p^a; a is --alpha
 Shapes    text -> ids in [0, n_vocab) -> the same text, any str
 Omits     SentencePiece's Unicode normalisation and its blank before a text: a text comes back as it was.
 Run       python unigram.py                     CPU, 20 s; ends with "round trip: True (...)"
@@ -21,12 +22,11 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import regex  # tiktoken depends on it, so it is there; Python's own `re` lacks \p{L} for a pattern of GPT-2
+import regex  # tiktoken depends on it, so it is there; Python's own `re` lacks \p{L} and \p{N}
 
 # A word takes the blank before it along; of longer white space, all but the last is a word. Classes are spelled
 # out, as engines differ in what \s is.
@@ -98,7 +98,7 @@ def sample_cut(word: str, scores: dict[str, float], longest: int, unknown: float
 
 def best_cuts(word: str, scores: dict[str, float], longest: int, unknown: float, n: int
               ) -> list[tuple[float, list[str]]]:
-    """The n most probable cuts and their log probabilities, best first: n per place in place of one."""
+    """The n most probable cuts and their log probabilities, best first: Viterbi with n cuts kept at each place."""
     best: list[list[tuple[float, tuple]]] = [[(0.0, ())]]  # a cut is (its piece before last, its last piece)
     for end in range(1, len(word) + 1):
         best.append(heapq.nlargest(n, ((before + score, (cut, word[start:end])) for start, score in
@@ -122,14 +122,14 @@ def _compile(pattern: str) -> regex.Pattern:
     except regex.error as error:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
     if compiled.groups:
-        raise ValueError(f"pattern {pattern!r} captures {compiled.groups} group(s); write (?:...) for (...)")
+        raise ValueError(f"pattern {pattern!r} captures {compiled.groups} group(s): write (?:...) for (...)")
     return compiled
 
 
 def _split(compiled: regex.Pattern, text: str) -> list[str]:
     words = compiled.findall(text)
     if (covered := sum(map(len, words))) < len(text):
-        raise ValueError(f"pattern {compiled.pattern!r} covers {covered} of {len(text)} characters; add |(?s:.)")
+        raise ValueError(f"pattern {compiled.pattern!r} covers {covered} of {len(text)} characters: add |(?s:.)")
     return words
 
 
@@ -138,7 +138,7 @@ class Unigram:
 
     Args:
         pieces: (piece, log probability), different, of at least one character and without U+2581.
-        special_tokens: END_OF_TEXT first, which ``eot`` is the id of.
+        special_tokens: END_OF_TEXT first; ``eot`` is its id.
         pattern: cuts a text in words; no piece crosses from one to the next.
     """
 
@@ -192,10 +192,10 @@ class Unigram:
         return found
 
     def sample(self, text: str, alpha: float, rng: random.Random) -> list[int]:
-        """The ids of a cut drawn with probability ~ p^alpha: 0 draws every cut alike, large ones the best (0.1 to
-        0.5 are used for training). ValueError for alpha < 0."""
+        """The ids of a cut drawn with probability ~ p^alpha: alpha 0 draws every cut alike, a large one the best
+        (0.1 to 0.5 are used for training). ValueError for alpha < 0."""
         if not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
+            raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
         return [i for word in _split(self._split, text)
                 for i in self._ids(sample_cut(word, *self.lattice_options, alpha, rng))]
 
@@ -219,7 +219,7 @@ class Unigram:
         found = []
         for token in tokens:
             if not 0 <= token < self.n_vocab:
-                raise ValueError(f"no token {token}: want ids in [0, {self.n_vocab})")
+                raise ValueError(f"token id {token} is not in the vocabulary, 0 .. {self.n_vocab - 1}")
             if self._byte <= token < self._byte + 256:
                 found.append(bytes([token - self._byte]))
             else:
@@ -259,7 +259,8 @@ def save(unigram: Unigram, path: str | os.PathLike) -> None:
         beside.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder") from None
+        raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                         "room on the disk") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -294,15 +295,29 @@ def _shown(encoding: object, ids: list[int]) -> str:
     return "|".join(encoding.decode([i]) for i in ids)
 
 
+def check_writable(path: str | None) -> None:
+    """ValueError for a file that cannot be written: now, not after the work. None is no file."""
+    if path is not None:
+        try:
+            is_new = not os.path.exists(path)
+            open(path, "ab").close()  # keeps what is there
+            if is_new:
+                os.remove(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                             "room on the disk") from None
+
+
 def main(data: str | None, vocab_size: int, alpha: float, text: str, seed: int, out: str | None) -> None:
     import tokenizer
     from data import default_documents, read_documents, split_documents
     from unigram_training import train_unigram
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
     if vocab_size < 259 or not 0 <= alpha < math.inf:  # asked before anything is learned
         raise ValueError(f"--vocab_size must be at least 259, as <unk>, {END_OF_TEXT} and the bytes are 258, and "
-                         f"--alpha finite and >= 0, got {vocab_size} and {alpha}")
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: the folder is not there: make it or name another")
+                         f"--alpha finite and at least 0, got {vocab_size} and {alpha}")
+    check_writable(out)
     documents = default_documents() if data is None else list(read_documents(data))
     training, held_out = split_documents(documents)
     began = time.perf_counter()
@@ -313,7 +328,7 @@ def main(data: str | None, vocab_size: int, alpha: float, text: str, seed: int, 
     bpe = tokenizer.train(training, vocab_size, WORDS)
     n_bytes = sum(len(document.encode()) for document in held_out)
     ours, theirs = (sum(len(encode(d)) for d in held_out) for encode in (unigram.encode, bpe.encode_ordinary))
-    print(f"held-out text, tokens per byte: Unigram {ours / n_bytes:.4f}, BPE {theirs / n_bytes:.4f} (same words, "
+    print(f"held-out text, bytes per token: Unigram {n_bytes / ours:.3f}, BPE {n_bytes / theirs:.3f} (same words, "
           "same number of tokens)")
     for name, hard in {**HARD, "yours": text}.items():
         print(f"  {name:13} Unigram {_shown(unigram, unigram.encode(hard))}\n"
@@ -326,6 +341,7 @@ def main(data: str | None, vocab_size: int, alpha: float, text: str, seed: int, 
     print(f"  log p {unigram.log_likelihood(text):8.3f}   all cuts together (expected to be the greatest)")
     if out is not None:
         save(unigram, out)
+        print(f"saved: {out}")
 
     hostile = ["日本語 😀\ud800", "\u2581 <unk><|endoftext|><0x41>", " \n\t  \0", *held_out[:20]]
     same = [unigram.decode(ids) == t for t in hostile for ids in (unigram.encode(t), unigram.sample(t, alpha, rng))]
@@ -335,16 +351,19 @@ def main(data: str | None, vocab_size: int, alpha: float, text: str, seed: int, 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="V (default %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.2, help="of the drawn cuts (default %(default)s)")
-    parser.add_argument("--text", default="unsplittable tokenizers", help="cut before your eyes (default %(default)s)")
+    parser.add_argument("--text", default="unsplittable tokenizers",
+                        help="cut before your eyes (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn cuts (default %(default)s)")
     parser.add_argument("--out", metavar="tokenizer.json", help="write the vocabulary there")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        sys.exit(130)
-    except ValueError as error:
-        print(f"unigram.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -22,20 +22,19 @@ Test      pytest tests/test_unigram_training.py
 
 import argparse
 import heapq
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
-import regex  # tiktoken depends on it, so it is there; Python's own `re` lacks \p{L}, which patterns may want
+import regex  # tiktoken depends on it, so it is there; Python's own `re` lacks \p{L} and \p{N}
 
 # A word takes the blank before it along; of longer white space, all but the last is a word. Classes are spelled
 # out, as engines differ in what \s is.
 WORDS = r" ?[^ \t\r\n]+|[ \t\r\n]+(?![^ \t\r\n])|[ \t\r\n]"
 LONGEST_WORD = 256  # longer ones are cut
-# Stands for the blank in files of vocabularies; halves of surrogate pairs, which no file can hold.
+# U+2581 stands for the blank in files of vocabularies; halves of surrogate pairs are what no file can hold.
 NOT_IN_PIECES = {"\u2581", *map(chr, range(0xD800, 0xE000))}
 
 
@@ -43,8 +42,8 @@ NOT_IN_PIECES = {"\u2581", *map(chr, range(0xD800, 0xE000))}
 
 def seed_pieces_naive(words: dict[str, int], size: int, longest: int) -> dict[str, int]:
     """All characters, and the substrings that occur at least twice, with their counts: the ``size`` of greatest
-    count * length (ties: the smaller str). Of substrings that occur only as the beginning of one same longer
-    one, the longer alone: what is left are the inner nodes of a suffix tree.
+    count * length (ties: the smaller str). A substring that occurs only as the beginning of one longer one
+    gives way to it: what is left are the inner nodes of a suffix tree.
 
     words: str -> count; at most ``longest`` characters a piece."""
     counts: Counter[str] = Counter()
@@ -83,7 +82,7 @@ def expected_counts_naive(words: dict[str, int], log_p: dict[str, float]) -> tup
 
 def seed_pieces(words: dict[str, int], size: int, longest: int) -> dict[str, int]:
     """``seed_pieces_naive``, by arrays: a substring of length l is a number, made from the number of its first
-    l - 1 characters and its last character; places where it occurs once are given up at once."""
+    l - 1 characters and its last character; a place whose substring occurs nowhere else is given up."""
     text = "".join(words)
     sizes = np.fromiter(map(len, words), dtype=np.int64)
     characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -189,18 +188,18 @@ def count_pretokens(texts: Iterable[str], pattern: str = WORDS) -> Counter[str]:
     """The words of the texts and how often each occurs. ValueError if ``texts`` is one str, or ``pattern`` is no
     regular expression, captures groups, or leaves out part of a text."""
     if isinstance(texts, (str, bytes)):
-        raise ValueError(f"texts must be an iterable of str, got one {type(texts).__name__}; pass [text]")
+        raise ValueError(f"texts must be an iterable of str, got one {type(texts).__name__}: pass [text]")
     try:
         split = regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
     if split.groups:
-        raise ValueError(f"pattern {pattern!r} captures {split.groups} group(s); write (?:...) for (...)")
+        raise ValueError(f"pattern {pattern!r} captures {split.groups} group(s): write (?:...) for (...)")
     counts: Counter[str] = Counter()
     for text in texts:
         words = split.findall(text)
         if (covered := sum(map(len, words))) < len(text):
-            raise ValueError(f"pattern {pattern!r} covers {covered} of {len(text)} characters; add |(?s:.)")
+            raise ValueError(f"pattern {pattern!r} covers {covered} of {len(text)} characters: add |(?s:.)")
         counts.update(words)
     return counts
 
@@ -226,8 +225,8 @@ def train_unigram(texts: Iterable[str], vocab_size: int, pattern: str = WORDS, c
     than vocab_size.
     """
     if not (0 < coverage <= 1 and longest >= 1 and 0 < shrink < 1 and em_steps >= 1 and vocab_size >= 1):
-        raise ValueError("want 0 < coverage <= 1, longest >= 1, 0 < shrink < 1, em_steps >= 1, vocab_size >= 1, got "
-                         f"{coverage}, {longest}, {shrink}, {em_steps}, {vocab_size}")
+        raise ValueError("coverage must be in (0, 1], shrink in (0, 1), longest, em_steps and vocab_size at least 1, "
+                         f"got {coverage}, {shrink}, {longest}, {em_steps} and {vocab_size}")
     words = _covered(count_pretokens(texts, pattern), coverage)
     if not words:
         raise ValueError("the texts hold no characters: give some")
@@ -270,7 +269,7 @@ def m_step(expected: np.ndarray) -> np.ndarray:
 
 
 def _covered(words: Counter[str], coverage: float) -> dict[str, int]:
-    """The words, cut at the characters that get no piece, the rarest, and into at most LONGEST_WORD characters."""
+    """The words, cut at the characters that get no piece (the rarest) and into parts of at most LONGEST_WORD."""
     characters: Counter[str] = Counter()
     for word, n in words.items():
         for character in word:
@@ -298,7 +297,8 @@ def main(data: str | None, vocab_size: int, coverage: float, em_steps: int) -> N
     began = time.perf_counter()
     pieces = train_unigram(documents, vocab_size, coverage=coverage, em_steps=em_steps, history=history)
     seconds, n_characters = time.perf_counter() - began, sum(map(len, documents))
-    print(f"{len(pieces):,} pieces learned from {n_characters:,} characters in {seconds:.1f} s; -L in nats each:")
+    print(f"{len(pieces):,} pieces learned from {n_characters:,} characters in {seconds:.1f} s; "
+          "-L in nats a character:")
     for size in dict.fromkeys(size for size, _ in history):
         print(f"  {size:8,} pieces   " + " -> ".join(f"{-x / n_characters:.4f}" for n, x in history if n == size))
     print("most probable:", " ".join(repr(piece) for piece, _ in pieces if len(piece) > 3)[:100], "...")
@@ -321,6 +321,7 @@ def main(data: str | None, vocab_size: int, coverage: float, em_steps: int) -> N
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="pieces (default %(default)s)")
     parser.add_argument("--coverage", type=float, default=0.9995, help="share of characters (default %(default)s)")
@@ -328,7 +329,8 @@ if __name__ == "__main__":
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        sys.exit(130)
-    except ValueError as error:
-        print(f"unigram_training.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

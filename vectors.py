@@ -7,11 +7,11 @@ Formula   cos(x, y) = x y / (|x| |y|)       below, a .. x are unit vectors and c
           3CosAdd   the x with the largest cos(x, b - a + c)                          Mikolov et al., N13-1090
           3CosMul   the x with the largest cos'(x, b) cos'(x, c) / (cos'(x, a) + 1e-6)        W14-1618, eq. 5
 Shapes    items: V of any hashable kind; vectors (V, D); scores (V,); a map (V, 2)
-Omits     approximate search: a query is one product with all vectors, exact; training (word2vec.py)
+Omits     approximate search: a query is one product with all vectors, exact; training (word2vec.py).
 Run       python vectors.py         letters as counts of the words in their Unicode names
           python vectors.py --plot letters.png
           python vectors.py --vectors my.vec --item king       a file that word2vec.py, gensim or others wrote
-          a few seconds each; ends with "... gives all back: True", of a file with "... vectors read: True"
+          a few seconds each; ends with "... gives all back: True", of a file with "... all are finite: True"
 Test      pytest tests/test_vectors.py
 """
 
@@ -77,7 +77,7 @@ class Vectors:
             i = self._find(query)
             return self._best(self.unit @ self.unit[i], k, [i])
         if query.shape != self.unit.shape[1:]:
-            raise ValueError(f"a query of shape {tuple(query.shape)} for vectors ({self.unit.size(1)},)")
+            raise ValueError(f"a query must be ({self.unit.size(1)},), got shape {tuple(query.shape)}")
         return self._best(self.unit @ F.normalize(query.to(self.unit), dim=0), k, [])
 
     def analogy(self, a: Hashable, b: Hashable, c: Hashable, k: int = 10,
@@ -121,11 +121,7 @@ class Vectors:
 
     def plot(self, path: str | os.PathLike, labels: dict[Hashable, Hashable], n: int = 150) -> None:
         """Draw the unit vectors of the first n items in two dimensions, coloured by label."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-        figure = Figure((14, 10))
+        figure = new_figure(path, 14, 10)
         axes, items = figure.subplots(), self.items[:n]
         common = [label for label, _ in Counter(labels.get(item) for item in items).most_common(9)]
         for item, (x, y) in zip(items, Vectors(items, self.unit[:n]).project().tolist()):
@@ -133,7 +129,7 @@ class Vectors:
             axes.plot(x, y, ".", color=f"C{common.index(label)}" if label in common else "grey")
             axes.annotate(str(item).replace("$", r"\$"), (x, y), fontsize=7)  # $ would begin a formula
         axes.set_title("the two directions of largest variance")
-        figure.savefig(path, dpi=120, bbox_inches="tight")
+        figure.savefig(path, dpi=120)
 
     # --- 2. word2vec's formats: "V D", then an item and D numbers, as text or little-endian float32 ---
 
@@ -148,7 +144,7 @@ class Vectors:
             what = f"{bad!r} is not one word without white space" if bad is not None else "two have one name"
             raise ValueError(f"{path}: items cannot be written: {what}")
         if Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"{path}: cannot be written: it is there and is not a file")
+            raise ValueError(f"{path}: cannot be written (it is there and is not a file): name another")
         beside, values = Path(f"{os.fspath(path)}.{os.getpid()}"), self.vectors.cpu().numpy().astype("<f4")
         try:
             with open(beside, "wb") as file:
@@ -164,7 +160,10 @@ class Vectors:
     @classmethod
     def load(cls, path: str | os.PathLike, binary: bool = False) -> "Vectors":
         """Read what ``save``, word2vec or gensim wrote; items are strings. ValueError tells the place."""
-        header, _, rest = Path(path).read_bytes().partition(b"\n")
+        try:
+            header, _, rest = Path(path).read_bytes().partition(b"\n")
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
         try:
             V, D = map(int, header.split())
         except ValueError:
@@ -217,11 +216,46 @@ def letters() -> Vectors:
     return Vectors(items, vectors)
 
 
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
+    return figure
+
+
+def check_writable(path: str | None) -> None:
+    """ValueError for a file that cannot be written: now, not after the work. None is no file."""
+    if path is not None:
+        try:
+            is_new = not os.path.exists(path)
+            open(path, "ab").close()  # keeps what is there
+            if is_new:
+                os.remove(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                             "room on the disk") from None
+
+
 def main(vectors: str | None, item: str | None, analogy: list[str] | None, out: str | None,
          plot: str | None) -> None:
-    for path in filter(None, (out, plot)):  # before the work, not after it
-        if not Path(path).parent.is_dir() or Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"{path}: cannot be written: give a file in a folder that is there")
+    check_writable(out)
+    new_figure(plot, 1, 1)
     found = Vectors.load(vectors, vectors.endswith(".bin")) if vectors else letters()
     print("{:,} items of width {:,}".format(*found.vectors.shape))
     for query in [item] if item else found.items[:200:20]:
@@ -231,12 +265,15 @@ def main(vectors: str | None, item: str | None, analogy: list[str] | None, out: 
         best = "  ".join(f"{other} {score:.2f}" for other, score in found.analogy(*analogy, 5, method))
         print("  {} : {} = {} : ?  ".format(*analogy) + f"3Cos{method.title()} {best}")
     labels = {} if vectors else {letter: unicodedata.name(letter).split()[0] for letter in found.items}
-    if out:
+    if out is not None:
         found.save(out, out.endswith(".bin"))
-    if plot:
+        print(f"saved: {out}")
+    if plot is not None:
         found.plot(plot, labels)
+        print(f"drawn: {plot}")
     if vectors:
-        print(f"{len(found.items):,} vectors read: True")
+        finite = bool(torch.isfinite(torch.as_tensor(found.vectors)).all())
+        print(f"{len(found.items):,} vectors read; all are finite: {finite} (expected True)")
         return
     print("nearest letter is of the same alphabet: {:.0%}, by chance {:.0%}".format(*found.agreement(labels)))
     pairs = [(x, x.upper()) for x in found.items if x.islower() and x.upper() in found.index and x != "a"]
@@ -266,5 +303,5 @@ if __name__ == "__main__":
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -11,14 +11,14 @@ Formula   Meta turns (x_2j, x_2j+1), Hugging Face (x_j, x_j+Dh/2):
 Shapes    W (out, in);   in Meta's files (out/P, in), W_o and W_down (out, in/P), gains (D,) whole in each
 Omits     quantised weights, pickled pytorch_model.bin, writing Meta's files. To convert Meta's to Hugging Face's:
           Llama.from_pretrained("meta").save_pretrained("hugging_face")
-Run       python weights.py    a small Llama is stored in both ways and read again: 3 s
+Run       python weights.py    a small Llama is stored in both ways and read again: 3 s;
+          ends with "read again bit for bit: ..."
 Test      pytest tests/test_weights.py
 """
 
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -208,19 +208,19 @@ def safetensors_parts(directory: Path) -> dict[str, list[Part]]:
         if index.exists():
             listed = _json(index, "Hugging Face Llama").get("weight_map")
             if not isinstance(listed, dict):
-                raise ValueError(f"{index}: no weight_map is there; damaged, copy it again")
+                raise ValueError(f"{index}: no weight_map is there: damaged, copy it again")
             files = [directory / str(name) for name in sorted(set(listed.values()))]
     if not files:
-        raise ValueError(f"{directory}: no model*.safetensors is there; copy it beside config.json")
+        raise ValueError(f"{directory}: no model*.safetensors is there: copy it beside config.json")
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as opened:
                 for name in opened.keys():
                     parts[name] = [Part(file, name, tuple(opened.get_slice(name).get_shape()))]
         except FileNotFoundError:
-            raise ValueError(f"{file}: no such file, though the index names it; copy it again") from None
+            raise ValueError(f"{file}: no such file, though the index names it: copy it again") from None
         except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{file}: {error}; damaged or cut short, copy it again") from None
+            raise ValueError(f"{file}: {error}: damaged or cut short, copy it again") from None
     return parts
 
 
@@ -228,14 +228,14 @@ def meta_parts(directory: Path) -> dict[str, list[Part]]:
     """The tensors of consolidated.00.pth, ...: a whole one in each, or each GPU's part."""
     files, parts = sorted(directory.glob("consolidated.*.pth")), {}
     if not files:
-        raise ValueError(f"{directory}: no consolidated.*.pth is there")
+        raise ValueError(f"{directory}: no consolidated.*.pth is there: copy them beside params.json")
     for file in files:
         try:
             for name, w in _load_pth(file).items():
                 parts.setdefault(name, []).append(Part(file, name, tuple(w.shape)))
         except Exception as error:  # zip, pickle and torch each have their own
             reason = str(error).splitlines()[0][:100]
-            raise ValueError(f"{file}: {reason}; damaged or cut short, copy it again") from None
+            raise ValueError(f"{file}: {reason}: damaged or cut short, copy it again") from None
     return parts
 
 
@@ -271,8 +271,10 @@ def cut_axes(directory: Path, wanted: dict[str, tuple[int, ...]],
 def load(directory: str | Path, make: Callable[[dict], nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
     """The Llama in a directory of Hugging Face's or Meta's, in evaluation mode: what ``Llama.from_pretrained`` calls.
 
-    ``make`` builds it from LlamaConfig's arguments; ``dtype`` None: that of the stored embedding. Raises ValueError
-    if the directory is not of a model computed here, for a file that is cut short, and for tensors, all by name.
+    ``make`` builds it from LlamaConfig's arguments; ``dtype`` None: that of the stored embedding.
+
+    Raises ValueError if the directory is not of a model computed here, if a file is cut short, or, all by name,
+    for tensors that are missing, of another shape, or unknown.
     """
     directory = Path(directory)
     meta = not (directory / "config.json").exists() and (directory / "params.json").exists()
@@ -369,9 +371,9 @@ def save_as_meta(model: nn.Module, directory: Path, P: int) -> None:
         "vocab_size": c.vocab_size, "multiple_of": 256, "norm_eps": c.norm_eps, "rope_theta": c.rope_base}))
 
 
-def main(gpus: int, seed: int) -> None:
-    if gpus not in (1, 2, 4, 8) or not 0 <= seed < 2**63:
-        raise ValueError(f"--gpus must be 1, 2, 4 or 8 and --seed in 0 .. 2^63 - 1, got {gpus} and {seed}")
+def main(parts: int, seed: int) -> None:
+    if parts not in (1, 2, 4, 8) or not 0 <= seed < 2**32:
+        raise ValueError(f"--parts must be 1, 2, 4 or 8 and --seed in 0 .. 2^32 - 1, got {parts} and {seed}")
     from llama import Llama, LlamaConfig, Rotations, rope
 
     config = LlamaConfig(1024, 8192, 2, 8, 8, 256, None)
@@ -382,7 +384,7 @@ def main(gpus: int, seed: int) -> None:
             directory = Path(folder, form)
             directory.mkdir()
             if form == "Meta":
-                save_as_meta(model, directory, gpus)
+                save_as_meta(model, directory, parts)
             else:
                 model.save_pretrained(directory, shard_bytes=3 * 10**6)
             print(f"{form}: " + ", ".join(f"{file.name} {file.stat().st_size / 1e6:.1f} MB"
@@ -405,15 +407,17 @@ def main(gpus: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=2, help="parts of Meta's files: 1, 2, 4 or 8 (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--parts", type=int, default=2,
+                        help="files of Meta's, one a GPU: 1, 2, 4 or 8 (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"weights.py: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -12,7 +12,7 @@ Formula   hidden    h = W^T onehot(c) = W_in[c]               skip-gram: the cen
           contexts: b places to either side, b uniform in 1 .. window;   learning rate: linear, down to min_lr
 Shapes    tokens (N,) -> tiles of T centres and C = T + 2 window columns -> W_in (V, D), W_out (V, D)
 Omits     phrases, subwords; asynchronous updates: M tiles are one step, so one seed gives one result;
-          what vectors are good for, and their files: vectors.py
+          what vectors are good for, and their files: vectors.py.
 Run       python word2vec.py                     functions of the standard library, from calls in its sources
           python word2vec.py --data words        words of Python's documentation; --data 'my/*.txt': of yours
           python word2vec.py --plot calls.png    10 s each; ends with "held-out loss ... lower: True"
@@ -69,10 +69,10 @@ class Word2VecConfig:
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name} must be a whole number and at least 1, got {value!r}")
         if not 0 <= self.min_lr <= self.lr < math.inf:
-            raise ValueError(f"lr must be finite, at least min_lr, got lr {self.lr} and min_lr {self.min_lr}")
-        whole = isinstance(self.seed, int) and 0 <= self.seed < 2**63
+            raise ValueError(f"lr must be finite and at least min_lr, got lr {self.lr} and min_lr {self.min_lr}")
+        whole = isinstance(self.seed, int) and 0 <= self.seed < 2**32
         if not self.subsample >= 0 or not self.step_limit > 0 or not whole:
-            raise ValueError("subsample must be at least 0, step_limit above 0, seed in 0 .. 2^63 - 1, "
+            raise ValueError("subsample must be at least 0, step_limit above 0, seed in 0 .. 2^32 - 1, "
                              f"got {self.subsample}, {self.step_limit} and {self.seed}")
 
 
@@ -155,7 +155,7 @@ def huffman_tree(counts: Sequence[float]) -> tuple[Tensor, Tensor]:
 
 def draw_windows(sequence: Tensor, window: int,
                  generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """First and last position, (N,) each, of what is context of each token: b places to either side, b
+    """First and last position, (N,) each, of each token's contexts: b places to either side, b
     uniform in 1 .. window, but within its sequence. ``sequence`` (N,): whose each token is, ascending."""
     position = torch.arange(len(sequence))
     width = torch.randint(1, window + 1, (len(sequence),), generator=generator)
@@ -431,16 +431,10 @@ def _full_name(function: ast.expr, names: dict[str, str]) -> str:
 
 def main(data: str, architecture: str, objective: str, d_model: int, epochs: int, seed: int,
          out: str | None, plot: str | None) -> None:
-    from vectors import Vectors
+    from vectors import Vectors, check_writable, new_figure
     config = Word2VecConfig(architecture, objective, d_model, epochs=epochs, seed=seed)
-    for path in filter(None, (out, plot)):  # before the work, not after it
-        if not Path(path).parent.is_dir() or Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"{path}: cannot be written: give a file in a folder that is there")
-    if plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    check_writable(out)
+    new_figure(plot, 1, 1)
     if data == "calls":
         sequences = standard_library_calls()
     else:
@@ -488,10 +482,12 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
         if {a, b, c} <= shown.index.keys():
             add, mul = ([item for item, _ in shown.analogy(a, b, c, 3, method)] for method in ("add", "mul"))
             print(f"  {a} : {b} = {c} : ?  3CosAdd {', '.join(add)}; 3CosMul {', '.join(mul)}")
-    if out:
+    if out is not None:
         vectors.save(out, binary=out.endswith(".bin"))
-    if plot:
+        print(f"saved: {out}")
+    if plot is not None:
         shown.plot(plot, labels)
+        print(f"drawn: {plot}")
     print(f"held-out loss {before:.4f} -> {after:.4f}, lower: {after < before}")
 
 
@@ -502,9 +498,9 @@ if __name__ == "__main__":
     parser.add_argument("--data", default="calls", help="calls: in the standard library (default);\n"
                         "words: of Python's documentation; or files, such as 'my/*.txt' or a.jsonl")
     parser.add_argument("--architecture", default="skipgram", choices=("skipgram", "cbow"),
-                        help="a word predicts its neighbours, or they predict it (default skipgram)")
+                        help="a word predicts its neighbours, or they predict it (default %(default)s)")
     parser.add_argument("--objective", default="negative", choices=("negative", "hierarchical", "softmax"),
-                        help="five sampled words, a tree, or all words (default negative)")
+                        help="five sampled words, a tree, or all words (default %(default)s)")
     parser.add_argument("--d_model", type=int, default=100, help="D, width of a vector (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default %(default)s)")
@@ -514,7 +510,7 @@ if __name__ == "__main__":
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except ImportError as error:
-        parser.error(f"{error}; the demo needs vectors.py and data.py beside this file")
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

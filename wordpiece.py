@@ -18,7 +18,6 @@ import argparse
 import heapq
 import os
 import re
-import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -54,7 +53,7 @@ def _decompose(text: str) -> str:
 
 
 def _is_chinese(character: str) -> bool:
-    """Ideographs, each a word of its own; Japanese and Korean letters are not. The gap before 2B920 is theirs."""
+    """Ideographs, each a word of its own; Japanese and Korean letters are not. The gap before 2B920 is BERT's."""
     code = ord(character)
     return (0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0xF900 <= code <= 0xFAFF
             or 0x20000 <= code <= 0x2A6DF or 0x2A700 <= code <= 0x2B81F or 0x2B920 <= code <= 0x2CEAF
@@ -112,7 +111,7 @@ def split_words(text: str, lower: bool = True) -> list[str]:
 def _count_words(texts: Iterable[str], vocab_size: int, lower: bool) -> tuple[dict[tuple[str, ...], int], list[str]]:
     """Words in pieces of one character with their counts, and the vocabulary so far: SPECIAL and all characters."""
     if isinstance(texts, str):
-        raise ValueError("texts must be an iterable of str, got one str; pass [text]")
+        raise ValueError("texts must be an iterable of str, got one str: pass [text]")
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(split_words(text, lower))
@@ -255,7 +254,7 @@ class WordPiece:
                 continue
             for word in split_words(part, self.lower):
                 if word not in self._known:
-                    if len(self._known) >= REMEMBERED:  # the web has no end of words, memory has
+                    if len(self._known) >= REMEMBERED:  # texts without end must not fill the memory
                         self._known.clear()
                     self._known[word] = self.cut(word)
                 ids += self._known[word]
@@ -269,7 +268,7 @@ class WordPiece:
         """The tokens with a blank between words. ValueError for an id outside [0, V)."""
         ids = list(ids)
         if wrong := [i for i in ids if not 0 <= i < len(self)]:
-            raise ValueError(f"id {wrong[0]} is in no vocabulary of {len(self)} tokens")
+            raise ValueError(f"token id {wrong[0]} is not in the vocabulary, 0 .. {len(self) - 1}")
         return " ".join(self.tokens[i] for i in ids).replace(" ##", "")
 
     @classmethod
@@ -278,14 +277,14 @@ class WordPiece:
         try:
             text = Path(path).read_bytes().decode().replace("\r\n", "\n")
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}): give a vocab.txt") from None
+            raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, byte {error.start}: not UTF-8, so no vocab.txt") from None
+            raise ValueError(f"{path}, byte {error.start}: is not UTF-8: is it a whole vocab.txt of BERT?") from None
         try:
             # splitlines would also cut at U+2028, which can be a token
             return cls(text.removesuffix("\n").split("\n"), lower)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; is it a whole vocab.txt of BERT?") from None
+            raise ValueError(f"{path}: {error}: is it a whole vocab.txt of BERT?") from None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``vocab.txt``: beside first, then renamed. ValueError if it cannot be written there."""
@@ -294,15 +293,30 @@ class WordPiece:
             beside.write_text("".join(token + "\n" for token in self.tokens), encoding="utf-8", newline="\n")
             os.replace(beside, path)
         except OSError as error:
-            raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder") from None
+            raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                             "room on the disk") from None
         finally:
             beside.unlink(missing_ok=True)
 
 
 # --- 4. demo ------------------------------------------------------------------------------------
 
+def check_writable(path: str | None) -> None:
+    """ValueError for a file that cannot be written: now, not after the work. None is no file."""
+    if path is not None:
+        try:
+            is_new = not os.path.exists(path)
+            open(path, "ab").close()  # keeps what is there
+            if is_new:
+                os.remove(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                             "room on the disk") from None
+
+
 def main(data: str | None, vocab_size: int, cased: bool, out: str | None) -> None:
     from data import default_documents, read_documents, split_documents
+    check_writable(out)
     documents = default_documents() if data is None else list(read_documents(data))
     train, held_out = split_documents(documents)
     began = time.perf_counter()
@@ -312,6 +326,7 @@ def main(data: str | None, vocab_size: int, cased: bool, out: str | None) -> Non
     print(f"the last ten: {' '.join(tokenizer.tokens[-10:])}")
     if out is not None:
         tokenizer.save(out)
+        print(f"saved: {out}")
 
     for text in ("Tokenizers split the unsplittable.", "Café déjà-vu, 東京!"):
         print(f"{text!r} -> {' '.join(tokenizer.tokens[i] for i in tokenizer.encode(text))}")
@@ -321,13 +336,14 @@ def main(data: str | None, vocab_size: int, cased: bool, out: str | None) -> Non
     print(f"held-out text: {sum(map(len, pieces)) / len(words):.2f} tokens a word")
     few, size = train[:3], min(vocab_size, 400)
     same = train_wordpiece_naive(few, size, not cased) == train_wordpiece(few, size, not cased)
-    print(f"naive = fast: {same} (expected True), words read back: {read_back:.2%} (expected > 99 %; a character "
+    print(f"naive = fast: {same} (expected True), words read back: {read_back:.2%} (expected above 99 %; a character "
           "never seen is [UNK])")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="V (default %(default)s)")
     parser.add_argument("--cased", action="store_true", help="keep capitals and accents")
@@ -335,7 +351,8 @@ if __name__ == "__main__":
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
-        sys.exit(130)
-    except ValueError as error:
-        print(f"wordpiece.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

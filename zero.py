@@ -150,8 +150,9 @@ class ZeRO:
         self._flat_of = {p: flat for flat in self._flats for p in flat.parameters}
         if self.stage == 3:
             import gathering
+        largest = max(flat.parts * flat.C for flat in self._trained)
         for tag, flat in enumerate(self._flats):
-            flat.tag = 2 * tag
+            flat.tag, flat.room_size = 2 * tag, largest if self.stage == 2 else 0
             dtype, device = flat.dtype, flat.device
             if self.stage < 3:
                 flat.whole = flat.empty(dtype).zero_()
@@ -234,7 +235,8 @@ class ZeRO:
             while self.stage and len(self._travelling) >= (1 if self.stage >= 2 else 2):
                 self._arrive()
             self._used |= flat.held
-            wait = flat.start_reduce()
+            # a step's first part of a gradient comes where it stays
+            wait = flat.start_reduce(flat.gradient if self.stage >= 2 and not (self.offload or flat.filled) else None)
             self._travelling.append((flat, wait, flat.room))
             flat.held = set()
             if self.stage >= 2:

@@ -75,11 +75,12 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for storage in {t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)} - set(self.seen):
-            self.seen.add(storage)
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._died, storage.nbytes())
+        for storage in {t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)}:
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._died, storage.nbytes())
         return result
 
     def _died(self, size: int) -> None:
@@ -155,7 +156,7 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
                    generator=torch.Generator().manual_seed(options.seed)).double()
 
     def large() -> nn.Module:
-        return GPT(GPTConfig(vocab_size=128, context=16, n_layers=8, n_heads=4, d_model=options.width))
+        return GPT(GPTConfig(vocab_size=128, context=16, n_layers=8, n_heads=4, d_model=options.d_model))
 
     one = small()
     losses = _train(one, None, options.steps, text, slice(None))
@@ -192,16 +193,38 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
         + ("OK, at most 1.02 of it" if peak <= 1.02 * limit else "WRONG, expected at most 1.02 of it"))
     if options.plot and rank == 0:
         _plot(found, P, options.plot)
+        print(f"drawn: {options.plot}")
     say(f"max |bytes measured / formula - 1| = {worst:.4f}: "
         + ("OK, below 0.02" if worst < 0.02 else "WRONG, expected below 0.02"))
     dist.destroy_process_group()
 
 
+def new_figure(path: str | None, width: float, height: float):
+    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
+    cannot be drawn there: now, not after the work."""
+    if path is None:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    try:
+        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
+            raise OSError(None, "no format of pictures has that name")
+        is_new = not os.path.exists(path)
+        open(path, "ab").close()  # keeps a picture that is there
+        if is_new:
+            os.remove(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
+                         "there") from None
+    return figure
+
+
 def _plot(found: list[dict], P: int, path: str) -> None:
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    figure = new_figure(path, 6, 3.5)
+    axes = figure.subplots()
     left = [0.0] * 4
     for kind in ("parameters", "gradients", "states"):
         widths = [held[kind] / held["n"] for held in found]
@@ -217,31 +240,30 @@ def _plot(found: list[dict], P: int, path: str) -> None:
 def main(program: str = "zero_memory.py") -> None:
     """The program, called ``program`` in what it says."""
     import zero
-    # Without argparse's usage lines a mistake is answered in one line.
     parser = argparse.ArgumentParser(description=zero.__doc__ if program == "zero.py" else __doc__,
                                      usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--ranks", type=int, default=2,
-                        help="processes to start, if not under torchrun: 1 to 8 (default 2)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps in float64 (default 10)")
-    parser.add_argument("--width", type=int, default=192,
-                        help="of the model that is measured, 64 or more (default 192)")
+                        help="processes to start, if not under torchrun: 1 to 8 (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=10,
+                        help="optimizer steps in float64 (default %(default)s)")
+    parser.add_argument("--d_model", type=int, default=192,
+                        help="width of the model that is measured, 64 or more (default %(default)s)")
     parser.add_argument("--offload", action="store_true", help="masters, states and gradients in the host's memory")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the bytes (needs matplotlib)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default %(default)s)")
     options = parser.parse_args()
     started_by_torchrun = "RANK" in os.environ
     P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
-    if not 1 <= P <= 8 or options.steps < 1 or options.width < 64 or options.width % 4 or not 0 <= options.seed < 2**62:
-        parser.exit(2, f"{program}: --ranks must be 1 to 8, --steps positive, --width a multiple of 4 and at least "
-                       "64 (beside less, a token's activations are no trifle), --seed 0 .. 2^62 - 1\n")
-    if options.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.exit(2, f"{program}: --plot needs matplotlib: pip install matplotlib\n")
-        path = Path(options.plot).absolute()
-        if not path.parent.is_dir() or path.suffix not in (".png", ".pdf", ".svg"):
-            parser.exit(2, f"{program}: --plot {options.plot}: name a picture in a folder that is there\n")
+    if not 1 <= P <= 8 or options.steps < 1 or options.d_model < 64 or options.d_model % 4:
+        parser.error("--ranks must be in 1 .. 8, --steps at least 1, --d_model a multiple of 4 and at least 64 (beside "
+                     f"less, a token's activations are no trifle), got {P}, {options.steps} and {options.d_model}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed must be in 0 .. 2^32 - 1, got {options.seed}")
+    try:
+        new_figure(options.plot, 1, 1)  # what cannot be drawn is known before the work
+    except ValueError as error:
+        parser.error(str(error))
     if started_by_torchrun:
         return _demo(int(os.environ["RANK"]), P, options, "env://")
     from processes import start_ranks

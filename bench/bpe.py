@@ -1,7 +1,7 @@
 """BPE against Hugging Face tokenizers and tiktoken: training time, and encoding in MB/s.
 
     python bench/bpe.py                        about 20 s
-    python bench/bpe.py --gpt2 FOLDER          encode with GPT-2's vocabulary, not the trained one
+    python bench/bpe.py --gpt2 DIR             encode with GPT-2's vocabulary, not the trained one
 
 Training: a vocabulary of 4096 on pydoc_data.topics, GPT-2's split, ours and theirs in turn, medians. Hugging
 Face runs with as many threads as it takes by default (TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS as they are
@@ -120,10 +120,10 @@ def main(vocab_size: int, repeats: int, gpt2: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
-    parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn (default 4096)")
-    parser.add_argument("--repeats", type=int, default=15, help="of each measurement (default 15)")
-    parser.add_argument("--gpt2", metavar="FOLDER", help="folder with GPT-2's vocab.json and merges.txt")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="of each measurement (default %(default)s)")
+    parser.add_argument("--gpt2", metavar="DIR", help="folder with GPT-2's vocab.json and merges.txt")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:

@@ -156,10 +156,10 @@ def main(only: str | None, repeats: int, sizes: list[int]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--only", choices=("minhash", "stages", "pipeline"), help="one part (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default 5)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[30, 100], help="MB of the pipeline's input (default 30 100)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default %(default)s)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[30, 100], help="MB of the pipeline's input (default %(default)s)")
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:

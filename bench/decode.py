@@ -87,16 +87,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default 1 8)")
-    parser.add_argument("--new_tokens", type=int, default=64, help="tokens decoded per row (default 64)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured runs of each side (default 5)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes (default %(default)s)")
+    parser.add_argument("--max_new_tokens", dest="new_tokens", type=int, default=64, help="tokens decoded per row (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured runs of each side (default %(default)s)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
     arguments = parser.parse_args()
     if min(*arguments.batches, arguments.new_tokens, arguments.repeats, arguments.threads or 1) < 1:
         parser.error("every number must be at least 1")
     if arguments.new_tokens > 992:
-        parser.error(f"--new_tokens {arguments.new_tokens} and 32 of the prompt exceed the context of 1024")
+        parser.error(f"--max_new_tokens {arguments.new_tokens} and 32 of the prompt exceed the context of 1024")
     try:
         main(**vars(arguments))
     except KeyboardInterrupt:

@@ -161,13 +161,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", help="T (default 1024 2048 4096; on cuda 1024 ... 16384)")
     parser.add_argument("--widths", type=int, nargs="+", help="Dh (default 64; on cuda 64 128)")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"],
                         help="default float32 bfloat16; on cuda bfloat16 float16")
     parser.add_argument("--repeats", type=int, help="measured runs of each (default 5; on cuda 20)")
-    parser.add_argument("--naive_up_to", type=int, default=4096, help="largest T for naive (default 4096)")
+    parser.add_argument("--naive_up_to", type=int, default=4096, help="largest T for naive (default %(default)s)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"

@@ -100,11 +100,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch (default 4096)")
-    parser.add_argument("--d_model", type=int, default=128, help="width D (default 128)")
-    parser.add_argument("--d_ff", type=int, default=256, help="width of an expert (default 256)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured runs of each side (default 5)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch (default %(default)s)")
+    parser.add_argument("--d_model", type=int, default=128, help="width D (default %(default)s)")
+    parser.add_argument("--d_ff", type=int, default=256, help="width of an expert (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured runs of each side (default %(default)s)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
     arguments = parser.parse_args()
     if min(arguments.tokens, arguments.d_model, arguments.d_ff, arguments.repeats, arguments.threads or 1) < 1:

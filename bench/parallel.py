@@ -353,8 +353,8 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--only", choices=PARTS, help="one part (default all)")
-    parser.add_argument("--rounds", type=int, default=15, help="of every measurement (default 15)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    parser.add_argument("--repeats", dest="rounds", type=int, default=15, help="of every measurement (default %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default %(default)s)")
     options = parser.parse_args()
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
         if Path("/proc/cpuinfo").exists() else ""

@@ -170,10 +170,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES), help="models (default: both)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default 5)")
+    parser.add_argument("--repeats", dest="rounds", type=int, default=5, help="measured rounds (default %(default)s)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
     arguments = parser.parse_args()
     if min(arguments.rounds, arguments.threads or 1) < 1:

@@ -83,15 +83,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default cpu)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=["lstm", "gru", "rnn"], help="(default all)")
-    parser.add_argument("--width", type=int, default=256, help="of inputs and states (default 256)")
-    parser.add_argument("--length", type=int, default=64, help="of the sequences (default 64)")
-    parser.add_argument("--batch", type=int, default=64, help="sequences at a time (default 64)")
-    parser.add_argument("--repeats", type=int, default=9, help="measured runs of each side (default 9)")
+    parser.add_argument("--d_model", dest="width", type=int, default=256, help="width of inputs and states (default %(default)s)")
+    parser.add_argument("--length", type=int, default=64, help="of the sequences (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="sequences at a time (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="measured runs of each side (default %(default)s)")
     arguments = parser.parse_args()
     if min(arguments.width, arguments.length, arguments.batch, arguments.repeats) < 1 or arguments.width % 2:
-        parser.error("every number must be at least 1, and the width even")
+        parser.error("every number must be at least 1, and --d_model even")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; leave the flag out")
     try:

@@ -125,10 +125,10 @@ def main(seeds: int, epochs: int, threads: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, no usage
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each side (default 5)")
-    parser.add_argument("--epochs", type=int, default=5, help="of each run (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each side (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=5, help="of each run (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of each side (default %(default)s)")
     arguments = parser.parse_args()
     if min(vars(arguments).values()) < 1:
         parser.error("every number must be at least 1")

@@ -1,7 +1,7 @@
 """ZeRO beside torch's DistributedDataParallel and fully_shard, on processes of one thread each (gloo on a CPU).
 
     python bench/zero.py                  everything, 2 processes, about 2 minutes
-    python bench/zero.py --ranks 4        on 4 processes
+    python bench/zero.py --ranks 4        on 4 processes; the times alone about 2 minutes
     python bench/zero.py --only time      one part: time, memory, bytes, scaling
 
 time     a whole training step (forward, backward, what is sent, AdamW) of a GPT of 34M parameters; every round times each
@@ -162,7 +162,7 @@ def bench_scaling(rounds, only):
 def main(rank, P, options, part, name, rendezvous):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P)
-    globals()[f"bench_{part}"](options.rounds, name)
+    globals()[f"bench_{part}"](options.rounds or max(1, 12 // P), name)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -172,8 +172,8 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--only", choices=PARTS, help="one part (default all)")
-    parser.add_argument("--rounds", type=int, default=6, help="of every measurement (default 6)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--repeats", dest="rounds", type=int, help="of every measurement (default 12 / processes)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes (default %(default)s)")
     options = parser.parse_args()
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
         if Path("/proc/cpuinfo").exists() else ""

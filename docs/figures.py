@@ -19,8 +19,8 @@ FIGURES = {  # name of the picture -> what makes it
     "underflow": "python precision.py --plot docs/underflow.png",
     "experts": "python moe.py --plot docs/experts.png",
     "overoptimisation": "python rlhf.py --plot docs/overoptimisation.png",
-    "growth": "python reason.py --plot docs/growth.png --save thinker.pt",
-    "tokens": "python inference_scaling.py --model thinker.pt --plot docs/tokens.png",
+    "growth": "python reason.py --plot docs/growth.png --out thinker.pt",
+    "tokens": "python inference_scaling.py --checkpoint thinker.pt --plot docs/tokens.png",
     "isoflop": "python scaling_laws.py --plot docs/isoflop.png",
     "law": "python scaling.py --measure --plot docs/law.png",
 }
@@ -43,10 +43,11 @@ def main(names: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)} (default: all)")
     options = parser.parse_args()
     if unknown := set(options.names) - set(FIGURES):
-        parser.exit(2, f"figures.py: no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}\n")
+        parser.error(f"no figure {', '.join(sorted(unknown))}: choose from {', '.join(FIGURES)}")
     try:
         main(options.names)
     except KeyboardInterrupt:

@@ -19,6 +19,8 @@ results in rank order. An exception on a rank is raised again here, its message 
 import contextlib
 import ctypes
 import functools
+import gc
+import logging
 import multiprocessing
 import os
 import pickle
@@ -49,6 +51,7 @@ import thread_ranks  # noqa: E402
 # The tests' tensors are small: a second thread costs more than it brings, and ranks share the cores.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+logging.disable(logging.DEBUG)  # a checkpoint of torch.distributed writes some hundred such records, to nobody
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,6 +62,10 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what libraries made while they were imported is not looked at again
+
+
 def _with_rank(error, rank):
     """The same exception, its message preceded by the rank it comes from."""
     error.args = (f"rank {rank}: {error}", *error.args[1:])
@@ -66,6 +73,20 @@ def _with_rank(error, rank):
 
 
 # --- ranks as threads -------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def _on_one_core():
+    """Threads that take turns at Python's lock lose a third of their time to passing it between cores."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()  # only Linux has it
+    if cores:
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+        os.sched_setaffinity(0, {sorted(cores)[worker % len(cores)]})
+    try:
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+
 
 def run_ranks(P, fn, *args, timeout=60.0, backend="threads"):
     """[fn(0, *args), ..., fn(P - 1, *args)], every call in a thread with its own process group.
@@ -103,8 +124,9 @@ def run_ranks(P, fn, *args, timeout=60.0, backend="threads"):
     multi_threaded_pg._install_threaded_pg()
     try:
         threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(P)]
-        for thread in threads:
-            thread.start()
+        with _on_one_core():
+            for thread in threads:
+                thread.start()
         for thread in threads:
             while thread.is_alive() and time.monotonic() < deadline:
                 thread.join(0.1)

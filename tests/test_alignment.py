@@ -28,7 +28,7 @@ from llama import Llama, LlamaConfig
 from team import Team
 
 WORDS = "Return the name of a list. Set every line to text. Remove common space from what is given. Get items now."
-SMALL = dict(new_tokens=6, sft_epochs=2, sft_batch=8, pairs=40, reward_batch=8, reward_epochs=1, ppo_steps=2, ppo_batch=8,
+SMALL = dict(max_new_tokens=6, sft_epochs=2, sft_batch=8, pairs=40, reward_batch=8, reward_epochs=1, ppo_steps=2, ppo_batch=8,
              dpo_batch=8, grpo_steps=2, grpo_batch=8, grpo_group=4, evaluation_prompts=6, held_out=0.3, save_every=50)
 POLICIES = ("sft", "ppo", "dpo", "grpo")
 
@@ -193,10 +193,10 @@ def test_files_of_the_users_own_are_learnt_from_by_a_llama(base, tmp_path):
 
 CHANGES = {"sft": dict(seed=1, sft_epochs=1, sft_batch=4, sft_lr=1e-4, held_out=0.5, max_gradient=1e-6),
            "reward": dict(reward_epochs=2, reward_batch=4, reward_lr=1e-5, pairs=20),
-           "ppo": dict(ppo_steps=1, ppo_batch=4, ppo_epochs=1, ppo_minibatches=1, ppo_lr=1e-5, ppo_kl=5.0, ppo_kl_target=0.0, new_tokens=3),
+           "ppo": dict(ppo_steps=1, ppo_batch=4, ppo_epochs=1, ppo_minibatches=1, ppo_lr=1e-5, ppo_kl=5.0, ppo_kl_target=0.0, max_new_tokens=3),
            "dpo": dict(dpo_epochs=2, dpo_batch=4, dpo_lr=1e-5, dpo_beta=1.0, dpo_kind="ipo", dpo_label_smoothing=0.2),
            "grpo": dict(grpo_steps=1, grpo_batch=4, grpo_group=2, grpo_lr=1e-5, grpo_kl=1.0,
-                        grpo_advantage="mean", grpo_length=("constant", dict(grpo_batch=32, new_tokens=24)))}
+                        grpo_advantage="mean", grpo_length=("constant", dict(grpo_batch=32, max_new_tokens=24)))}
 
 
 LOADED = {}
@@ -258,12 +258,12 @@ def test_a_loss_of_pairs_refuses_rankings(learn, tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(stages="sft,dop"), "--stages=sft,dop: choose from sft,reward,ppo,dpo,grpo"), (dict(stages=","), "choose from"),
-    (dict(sft_lr=float("nan")), "--sft_lr must be"), (dict(pairs=1), "--pairs must be a number of at least 2"),
-    (dict(zero=4), "--zero must be a number of at least 0 and at most 3, got 4"),
+    (dict(sft_lr=float("nan")), "--sft_lr must be"), (dict(pairs=1), "--pairs must be at least 2, got 1"),
+    (dict(zero=4), "--zero must be in 0 .. 3, got 4"),
     (dict(grpo_batch=9), "--grpo_batch=9 is no multiple of --grpo_group=4"), (dict(held_out=1.0), "--held_out must be below 1"),
-    (dict(resume=True, overwrite=True), "give one of them"), (dict(dpo_kind="best"), "--dpo_kind is one of sigmoid, ipo"),
+    (dict(resume=True, overwrite=True), "give one of them"), (dict(dpo_kind="best"), "--dpo_kind must be one of sigmoid, ipo"),
     (dict(dpo_kind="ipo", dpo_label_smoothing=0.1), "not for --dpo_kind=ipo"),
-    (dict(dpo_label_smoothing=0.5), "--dpo_label_smoothing must be a number of at least 0 and at most 0.49")])
+    (dict(dpo_label_smoothing=0.5), "--dpo_label_smoothing must be in 0 .. 0.49, got 0.5")])
 def test_settings_that_cannot_be_are_refused(base, tmp_path, settings, message):
     with pytest.raises(AlignmentError, match=message):
         config(base, tmp_path, **settings)
@@ -299,7 +299,7 @@ def test_what_is_missing_is_refused_before_work_begins(base, tmp_path):
         run_stages(config(base, tmp_path / "o", preferences=str(tmp_path / "pairs.jsonl"), stages="sft,dpo"), world)
     with pytest.raises(ValueError, match="--init=.*gpt is where the stage sft writes"):  # with --overwrite it would be deleted
         run_stages(config(base, tmp_path, init=str(tmp_path / "sft/gpt"), overwrite=True), world)
-    with pytest.raises(ValueError, match="--reward_model=x is none if the stage reward trains one"):
+    with pytest.raises(ValueError, match="--reward_model=x is not used, as the stage reward trains one"):
         run_stages(config(base, tmp_path, reward_model="x"), world)
     assert not (tmp_path / "o").exists()  # nothing was trained
     with pytest.raises(ValueError, match="3 answers are too few for 5 processes"):

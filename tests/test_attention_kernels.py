@@ -129,14 +129,14 @@ def run_demo(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [(), ("--dtype", "float64", "--head_width", "20"), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize("arguments", [(), ("--dtype", "float64", "--d_head", "20"), ("--dtype", "bfloat16")])
 def test_demo_holds_every_kernel_beside_the_formula(monkeypatch, capsys, arguments):
     out = run_demo(monkeypatch, capsys, *arguments)
     assert "flash      not here: it runs on cuda" in out
-    assert re.search(r"max \|kernel - formula\| of 1 kernels \(cpu\) = \S+ of the largest \(OK, below", out.splitlines()[-1])
+    assert re.search(r"max \|kernel - formula\| of 1 kernels \(cpu\) = \S+ of the largest: OK, below", out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("arguments, message", [(["--length", "0"], "--length and --head_width must be at least 1, got 0, 64"),
+@pytest.mark.parametrize("arguments, message", [(["--length", "0"], "--length and --d_head must be at least 1, got 0 and 64"),
                                                 (["--dtype", "x"], "invalid choice"),
                                                 (["--device", "cuda"], "torch finds no CUDA device")])
 def test_demo_refuses_in_one_line(monkeypatch, capsys, arguments, message):

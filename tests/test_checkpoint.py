@@ -99,7 +99,7 @@ def test_keep_bounds_what_remains(tmp_path, keep, names):
 
 def test_arguments_that_would_lose_a_checkpoint_are_refused(tmp_path):
     for arguments in (dict(step=-1), dict(step=1, keep=0), dict(step=1, keep=-1)):
-        with pytest.raises(ValueError, match="step >= 0 and keep >= 1"):
+        with pytest.raises(ValueError, match="step must be at least 0 and keep at least 1"):
             save(tmp_path, tensors={"model": {}, "optimizer": {}}, meta={}, **arguments)
     assert not list(tmp_path.iterdir())
 
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = str(caught.value)
-    assert "could not save" in message and "step-00000001 stays as it was; see that it has room" in message
+    assert "could not save" in message and "step-00000001 stays as it was: see that it has room" in message
     assert "\n" not in message
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert load(latest(tmp_path))["meta"]["step"] == 1

@@ -48,8 +48,8 @@ def test_whole_numbers_may_be_written_short(text, value):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--lrr=3"], "unknown flag --lrr; did you mean --lr?"),
-    (["--zzz"], "unknown flag --zzz; see --help"),
+    (["--lrr=3"], "unknown flag --lrr: did you mean --lr?"),
+    (["--zzz"], "unknown flag --zzz: see --help"),
     (["stray"], "unknown flag stray"),
     (["--steps=1.5"], "argument --steps: '1.5' is not a whole number"),
     (["--lr=fast"], "argument --lr: invalid float value: 'fast'"),
@@ -92,8 +92,8 @@ def test_micro_batch_divides_and_fits(settings, micro_batch):
 
 
 @pytest.mark.parametrize("processes, settings, message", [
-    (1, dict(batch_tokens=100, context=64), "no multiple of context \\* processes = 64 \\* 1; the nearest is 128"),
-    (3, dict(batch_tokens=256, context=64), "no multiple of context \\* processes = 64 \\* 3; the nearest is 192"),
+    (1, dict(batch_tokens=100, context=64), "no multiple of context \\* dp \\* ep = 64 \\* 1: the nearest is 128"),
+    (3, dict(batch_tokens=256, context=64), "no multiple of context \\* dp \\* ep = 64 \\* 3: the nearest is 192"),
     (1, dict(batch_tokens=256, context=64, micro_batch=3), "--micro_batch=3 does not divide a process's 4 sequences"),
     (1, dict(n_heads=5), "--n_heads=5 does not divide --d_model"),
     (1, dict(min_lr=1.0), "--min_lr=1 is above --lr"),
@@ -126,7 +126,7 @@ def test_as_a_program_it_prints_every_setting_and_refuses_in_one_line(capsys):
     assert [line.split()[:3] for line in lines if line.startswith("lr ")] == [["lr", "0.0003", "given"]]
     assert len(lines) > len(dataclasses.fields(TrainConfig))
     assert main(["--lrr=1"]) == 2
-    assert capsys.readouterr().err == "config.py: unknown flag --lrr; did you mean --lr?\n"
+    assert capsys.readouterr().err == "config.py: unknown flag --lrr: did you mean --lr?\n"
 
 
 def test_help_explains_every_flag():

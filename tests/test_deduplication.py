@@ -170,7 +170,7 @@ def test_bands_are_the_steepest_that_find_the_threshold():
         assert bands * rows <= k and s_curve(threshold, bands, rows) >= 0.98
         assert all(s_curve(threshold, k // more, more) < 0.98 for more in range(rows + 1, k + 1))
     for wrong in ((0, 0.5), (10, 0), (10, 1.1)):
-        with pytest.raises(ValueError, match="want k >= 1"):
+        with pytest.raises(ValueError, match="k must be at least 1"):
             choose_bands(*wrong)
     with pytest.raises(ValueError, match="take more"):
         choose_bands(2, 0.1)
@@ -293,8 +293,8 @@ def test_program_reaches_its_verdict_and_every_flag_changes_something(monkeypatc
     assert re.search(r"recall 1.000, precision \d\.\d+: OK", first)
     for more in (["--documents", "90"], ["--permutations", "64"], ["--threshold", "0.7"], ["--seed", "1"]):
         assert run(monkeypatch, capsys, "--documents", "60", *more)[0] != first
-    for wrong, message in ((["--documents", "2"], "at least 3"), (["--permutations", "0"], "want k >= 1"),
-                           (["--threshold", "2"], "threshold in (0, 1]"), (["--seed", "-1"], "Seed must be"), (["x"], "unrecognized")):
+    for wrong, message in ((["--documents", "2"], "at least 3"), (["--permutations", "0"], "k must be at least 1"),
+                           (["--threshold", "2"], "threshold in (0, 1]"), (["--seed", "-1"], "--seed in 0 .. 2^32 - 1"), (["x"], "unrecognized")):
         _, error, code = run(monkeypatch, capsys, *wrong)
         assert code == 2 and error.startswith("deduplication.py: ") and error.count("\n") == 1 and message in error
 

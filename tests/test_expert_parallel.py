@@ -23,7 +23,7 @@ def model(router="softmax_after"):
         c.d_model, c.d_ff, E, 2, router, per_sequence=True, shared=1, balance=0.1, z=0.01, generator=generator)).double()
 
 
-def batches(steps=4):
+def batches(steps=2):
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(V, (B, T + 1), generator=generator) for _ in range(steps)]
 

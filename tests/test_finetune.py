@@ -67,8 +67,8 @@ def test_the_first_piece_carries_the_tag_and_the_rest_is_ignored():
 
 @pytest.mark.parametrize("room, words, tags, message", [
     (7, [[7], [8, 9, 10], [11, 12]], [0, 0, 0], "a sequence of 8 tokens does not fit a context of 7"),
-    (20, [[7], [8]], [0], "2 words, of which 0 without pieces, and 1 tags"),
-    (20, [[7], []], [0, 1], "2 words, of which 1 without pieces, and 2 tags")])
+    (20, [[7], [8]], [0], "got 2 words, 0 of them without pieces, and 1 tags"),
+    (20, [[7], []], [0, 1], "got 2 words, 1 of them without pieces, and 2 tags")])
 def test_tags_that_would_be_lost_are_refused(room, words, tags, message):
     with pytest.raises(ValueError, match=message):
         encode_tags(SPECIAL, room, words, tags)
@@ -254,17 +254,17 @@ def test_demo_ends_on_its_verdict_and_every_flag_changes_something(tokenizer, tm
     model = bert.BERTForPretraining(bert.BERTConfig(len(tokenizer), context=96, n_layers=1, n_heads=2, d_model=16), seeded())
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path / "vocab.txt")
-    runs = [demo(monkeypatch, capsys, "--encoder", tmp_path, "--examples", 6, *more)
+    runs = [demo(monkeypatch, capsys, "--init", tmp_path, "--examples", 6, *more)
             for more in ((), (), ("--seed", 1), ("--examples", 2))]
     assert runs[0] == runs[1] and len(set(runs)) == 3
     assert all(re.search(r"transfer: pre-training is ahead of the baseline and of training from scratch on \d of 4 tasks", run) for run in runs)
     with pytest.raises(SystemExit) as caught:
-        demo(monkeypatch, capsys, "--encoder", tmp_path / "missing")
+        demo(monkeypatch, capsys, "--init", tmp_path / "missing")
     assert caught.value.code == 2 and "missing/vocab.txt: cannot be read" in capsys.readouterr().err
     assert re.search(r"from scratch: above the baseline on \d of 4 tasks", demo(monkeypatch, capsys, "--examples", 2))
 
 
-@pytest.mark.parametrize("flags, message", [(("--examples", 0), "--examples must be at least 1, got 0")])
+@pytest.mark.parametrize("flags, message", [(("--examples", 0), "--examples must be at least 1 and --seed in 0 .. 2^32 - 1, got 0 and 0")])
 def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         demo(monkeypatch, capsys, *flags)

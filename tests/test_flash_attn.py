@@ -477,11 +477,11 @@ def test_compiled_is_the_same():
     ({"q": torch.zeros(2, 4, 3, 8).double()}, "float64, torch.float32"),
     ({name: torch.zeros(2, 2, 6, 8).long() for name in "qkv"}, "fp32, bf16, fp16 or float64, got torch.int64"),
     ({"k": torch.zeros(2, 2, 6, 8, device="meta")}, "q is on cpu, k on meta"),
-    ({"backend": "fast"}, "backend must be auto, tiled, .* got 'fast'"),
+    ({"backend": "fast"}, "backend must be one of auto, tiled, .* got 'fast'"),
     ({"backend": "flash"}, "'flash' does not work here for torch.float32, Dh = 8 on cpu"),
-    ({"backend": "cpu", "window": 3}, "'cpu' knows no window"),
-    ({"window": 0}, "window must be an integer of at least 1, got 0"), ({"window": 2.5}, "integer .* got 2.5"),
-    ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+    ({"backend": "cpu", "window": 3}, "'cpu' knows no window"), ({"backend": "cpu", "scale": -1.0}, "no scale of 0 or below"),
+    ({"window": 0}, "window must be a whole number and at least 1, got 0"), ({"window": 2.5}, "whole number .* got 2.5"),
+    ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
     ({"ids": torch.zeros(2, 3)}, r"\(2, 6\) positions .* got \(2, 3\)"),
     ({"bias": torch.zeros(6, 6)}, r"\(2, 4, 3, 6\), got \(6, 6\)"),
     ({"bias": torch.zeros(1, 2, 3, 6)}, r"got \(1, 2, 3, 6\)"),
@@ -516,14 +516,14 @@ def run_demo(monkeypatch, capsys, *arguments):
 
 def test_demo_counts_compares_and_draws(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "attention.png"
-    out = run_demo(monkeypatch, capsys, "--plot", str(picture), "--heads", "3", "--head_width", "16", "--dtype", "bfloat16")
-    assert re.search(r"counted = formula: True;   max \|tiled - torch\| = \S+ of the largest \(OK", out.splitlines()[-1])
+    out = run_demo(monkeypatch, capsys, "--plot", str(picture), "--n_heads", "3", "--d_head", "16", "--dtype", "bfloat16")
+    assert re.search(r"counted = formula: True;   max \|tiled - torch\| = \S+ of the largest: OK", out.splitlines()[-1])
     assert picture.stat().st_size > 1000 and "(1, 3, T, 16), causal, bfloat16" in out
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--heads", "0"], "--lengths, --heads and --head_width must be at least 1"), (["--head_width", "x"], "invalid int"),
-    (["--head_width", "5000"], "hold no tile of 16 rows of width 5000")])
+    (["--n_heads", "0"], "--lengths, --n_heads and --d_head must be at least 1"), (["--d_head", "x"], "invalid int"),
+    (["--d_head", "5000"], "hold no tile of 16 rows of width 5000")])
 def test_demo_refuses_in_one_line(monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         run_demo(monkeypatch, capsys, *arguments)

@@ -379,15 +379,15 @@ def test_what_the_kernel_lacks_is_refused(change, message):
 
 def test_demo_says_that_there_is_no_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["flash_attn_cuda.py", "--head_width", "128"])
+    monkeypatch.setattr(sys, "argv", ["flash_attn_cuda.py", "--d_head", "128"])
     runpy.run_path(str(ROOT / "flash_attn_cuda.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert "forward  128 threads own 128 rows and stream 64 at a time; 65,536 bytes" in out
     assert out.endswith("torch finds no CUDA device: nothing was run\n")
-    monkeypatch.setattr(sys, "argv", ["flash_attn_cuda.py", "--head_width", "80"])
+    monkeypatch.setattr(sys, "argv", ["flash_attn_cuda.py", "--d_head", "80"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "flash_attn_cuda.py"), run_name="__main__")
-    assert "--head_width 64 or 128, got 2048, 8, 80" in capsys.readouterr().err
+    assert "--d_head 64 or 128, got 2048, 8 and 80" in capsys.readouterr().err
 
 
 # --- on a GPU, wherever one is at hand --------------------------------------------------------

@@ -310,7 +310,7 @@ def test_foreign_and_broken_directories_are_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (({"model_type": "llama"}, "model_type = 'llama', GPT computes 'gpt2'"),
                              ({"activation_function": "relu"}, "activation_function = 'relu'"),
-                             ({"n_embd": 64}, r"wte.weight gives \(61, 32\), config.json says \(61, 64\)"),
+                             ({"n_embd": 64}, r"wte.weight has shape \(61, 32\), config.json says \(61, 64\)"),
                              ({"n_layer": 4}, "h.3.ln_1.weight is missing"),
                              ({"n_layer": 2}, "h.2.* is in no GPT-2 of 2 layers"),
                              ({"n_head": "4"}, "config.json: n_heads must be a whole number")):

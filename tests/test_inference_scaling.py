@@ -373,7 +373,7 @@ def thinker(tmp_path_factory):
 def test_demo_compares_methods_and_flags_change_it(thinker, tmp_path, capsys):
     outputs = []
     for seed, plot in ((0, None), (1, tmp_path / "a.png")):
-        inference_scaling.main(model=thinker, problems=4, samples=2, steps=2, seed=seed, plot=plot)
+        inference_scaling.main(checkpoint=thinker, problems=4, samples=2, steps=2, seed=seed, plot=plot)
         outputs.append(capsys.readouterr().out)
     assert outputs[0] != outputs[1] and (tmp_path / "a.png").stat().st_size > 1000
     for method in ("majority", "outcome reward", "verifier", "oracle", "process reward", "stopped", "wait", "self-refinement", "R^2"):
@@ -382,7 +382,7 @@ def test_demo_compares_methods_and_flags_change_it(thinker, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, cause", [(["--samples", "3"], "a power of 2"), (["--problems", "0"], "at least 1"), (["--steps", "0"], "--steps"),
-                                          (["--model", "/nowhere.pt"], "is no model of reason.py"), (["--plot", "/nowhere/a.png"], "cannot be drawn")])
+                                          (["--checkpoint", "/nowhere.pt"], "no model of reason.py"), (["--plot", "/nowhere/a.png"], "cannot be drawn")])
 def test_bad_flags_get_one_line(flags, cause):
     found = run_program(["inference_scaling.py", *flags])
     assert found.returncode == 2 and found.stderr.startswith("inference_scaling.py: ") and cause in found.stderr

@@ -345,7 +345,7 @@ def test_bad_chats_are_refused(llama3_encoding):
     (dict(n_heads=5), "n_heads must divide d_model, got 5 heads and width 4096"),
     (dict(n_kv_heads=5), "n_kv_heads must divide n_heads, got 5 and 32"),
     (dict(n_layers=0), "n_layers must be a whole number and at least 1, got 0"),
-    (dict(d_head=5), "d_head must be even, for rope turns pairs; got 5"),
+    (dict(d_head=5), r"d_head must be even \(rope turns pairs\), got 5"),
     (dict(d_ff=1.5), "d_ff must be a whole number .* got 1.5"),
     (dict(window=0), "window must be a whole number and at least 1, got 0"),
     (dict(rope_factor=0.5), "rope scaling needs a factor of at least 1"),

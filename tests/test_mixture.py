@@ -133,9 +133,9 @@ def test_mixture_of_packed_contexts_has_their_document_ids():
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(shares={"web": 1.0}), "shares of web: want the same names"), (dict(sources={}, shares={}), "sources none"),
-    (dict(shares={**SHARES, "web": 0.5}), "the sum 0.88"), (dict(shares={"web": 1.0, "books": 0.2, "code": -0.2}), "the least is -0.2"),
-    (dict(shares={"web": 1.0, "books": float("nan"), "code": 0.1}), "the sum nan"),
-    (dict(seed=-1), "block must be >= 1 and seed"), (dict(block=0), "block must be >= 1"), (dict(block=3), "larger block")])
+    (dict(shares={**SHARES, "web": 0.5}), "a sum of 0.88"), (dict(shares={"web": 1.0, "books": 0.2, "code": -0.2}), "a least of -0.2"),
+    (dict(shares={"web": 1.0, "books": float("nan"), "code": 0.1}), "a sum of nan"),
+    (dict(seed=-1), "block must be at least 1 and seed"), (dict(block=0), "block must be at least 1"), (dict(block=3), "larger block")])
 def test_bad_mixture_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Mixture(**{"sources": sources(), "shares": SHARES, **arguments})

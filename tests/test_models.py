@@ -81,7 +81,7 @@ def test_auxiliary_loss_is_the_balance_of_experts_and_0_for_others():
         assert (models.balancing_loss(model) > 0) == (kind == "moe")
 
 
-@pytest.mark.parametrize("kind, message", (("bert", "a model is one of gpt, llama, moe"), (None, "got None")))
+@pytest.mark.parametrize("kind, message", (("bert", "model must be one of gpt, llama, moe"), (None, "got None")))
 def test_unknown_kinds_are_refused(kind, message):
     with pytest.raises(ValueError, match=message):
         models.build(kind, {})

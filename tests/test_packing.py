@@ -94,7 +94,7 @@ def test_shard_that_is_missing_short_or_foreign_is_refused_by_name(tmp_path):
             path.write_bytes(whole + b"x")
 
 
-@pytest.mark.parametrize("document, message", [([300], "300 ... 300 exceed vocab_size 300"), ([-1, 2], "-1 ... 2 exceed"),
+@pytest.mark.parametrize("document, message", [([300], r"300 \.\. 300 are not all in the vocabulary, 0 \.\. 299"), ([-1, 2], r"-1 \.\. 2 are not"),
                                                ([], r"n >= 1, got .* \(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float64")])
 def test_documents_that_are_no_tokens_leave_the_old_file(tmp_path, document, message):
     write_shard(tmp_path / "a.tokens", [[1]], 300)
@@ -176,7 +176,7 @@ def test_split_is_whole_or_not_there(tmp_path):
         write_split(tmp_path / "out", failing(), encode, 256, 257)
     with pytest.raises(ShardError, match="out: 1 documents to train on, 0 held out"):
         write_split(tmp_path / "out", ["lonely"], encode, 256, 257, 1e-9)
-    with pytest.raises(ValueError, match="held_out must be inside"):
+    with pytest.raises(ValueError, match=r"held_out must be in \(0, 1\)"):
         write_split(tmp_path / "out", ["a"], encode, 256, 257, 1.0)
     with pytest.raises(ShardError, match="no/out: cannot be written"):
         write_split(tmp_path / "no" / "out", ["a"], encode, 256, 257)
@@ -249,7 +249,7 @@ def test_plans_by_hand():
 @pytest.mark.parametrize("lengths, context", [([], 4), ([1, 0], 4), ([1], 0), ([[1]], 4), ([1.5], 4)])
 def test_plan_refuses_bad_lengths(lengths, context):
     for way in (*WAYS, pack_best_fit_naive):
-        with pytest.raises(ValueError, match="want a context >= 1 and lengths"):
+        with pytest.raises(ValueError, match="context must be at least 1 and lengths"):
             way(np.array(lengths), context)
 
 
@@ -377,17 +377,17 @@ def test_packed_rows_refuse_other_shapes(make):
 
 def test_contexts_refuse_plans_that_do_not_fit():
     documents, plan = [np.arange(5)], pack_padded(np.array([5]), 8)
-    with pytest.raises(ValueError, match="rows of 5 tokens .* got 4, 1, 0"):
+    with pytest.raises(ValueError, match="rows of 5 tokens .* got 4, 1 and 0"):
         PackedContexts(documents, plan, 4, 0)
     with pytest.raises(ValueError, match=r"\(pieces, 4\)"):
         PackedContexts(documents, plan[:, :3], 8, 0)
     with pytest.raises(ValueError, match="1 documents"):
         PackedContexts([], plan, 8, 0)
     for bad in ([[1, 0, 0, 2], [0, 0, 2, 3]], [[0, -1, 0, 4]]):
-        with pytest.raises(ValueError, match="a plan's numbers must be >= 0, its contexts in order"):
+        with pytest.raises(ValueError, match="a plan's numbers must be at least 0, its contexts in order"):
             PackedContexts(documents, np.array(bad), 8, 0)
     for start, count in ((-1, 1), (0, 0)):
-        with pytest.raises(ValueError, match="start >= 0 and count >= 1"):
+        with pytest.raises(ValueError, match="start must be at least 0 and count at least 1"):
             PackedContexts(documents, plan, 8, 0).batch(start, count)
 
 

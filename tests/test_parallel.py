@@ -654,7 +654,7 @@ def test_no_process_remains_after_a_time_out(tmp_path):
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--batch", "7"), ("--ranks", "0"), ("--steps", "0"), ("--width", "-1"), ("--bucket_mb", "0"),
+    ("--batch", "7"), ("--ranks", "0"), ("--steps", "0"), ("--d_model", "-1"), ("--bucket_mb", "0"),
     ("--bucket_mb", "x"), ("--seed", "1" + "0" * 30)])
 def test_demo_refuses_bad_flags_in_one_line(flag, value, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["parallel.py", flag, value])

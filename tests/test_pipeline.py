@@ -37,7 +37,7 @@ def llama(n_layers=5):
 MODELS = {"gpt": gpt, "llama": llama}
 
 
-def batches(rows, steps=3):
+def batches(rows, steps=2):
     draw = torch.Generator().manual_seed(0)
     return [torch.randint(V, (rows, T + 1), generator=draw) for _ in range(steps)]
 
@@ -151,8 +151,8 @@ def test_activations_held_interleaved_are_those_of_the_header(P, chunks):
 @pytest.mark.parametrize("M", (2, 3, 6))
 def test_demo_counts_formulas_only_where_they_hold(M, monkeypatch, capsys):
     """With fewer microbatches than ranks zero-bubble has a longer wait than its formula, ragged rounds too."""
-    monkeypatch.setattr(sys, "argv", ["pipeline_schedules.py", "--ranks", "4", "--microbatches", str(M)])
-    schedules.main()
+    monkeypatch.setattr(sys, "argv", ["pipeline_schedules.py", "--stages", "4", "--microbatches", str(M)])
+    runpy.run_path(str(ROOT / "pipeline_schedules.py"), run_name="__main__")
     assert "OK, below 1e-12" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -327,7 +327,7 @@ def _dies(rank):
 def test_a_rank_that_dies_is_named_with_the_message_that_did_not_come():
     results = spawn_ranks(2, _dies, timeout=20, return_exceptions=True)
     assert "died" in str(results[1])
-    assert "rank 0 of the pipeline: the" in str(results[0]) and "rank 1" in str(results[0])
+    assert "pipeline, rank 0 of 2: the" in str(results[0]) and "rank 1" in str(results[0])
 
 
 # --- with data and tensor parallelism -----------------------------------------------------------

@@ -149,7 +149,7 @@ def test_layouts_take_all_gpus_and_are_different(gpus):
     (dict(dp=0), "dp must be a whole number"), (dict(tp=3), "tp 3 does not divide 16 heads"),
     (dict(pp=9), "8 layers cannot be cut"), (dict(pp=4, interleave=3), "8 layers cannot be cut into pp 4 x 3 chunks"),
     (dict(interleave=2), "cannot be cut"), (dict(cp=3), "cp 3 does not divide"), (dict(ep=2), "ep 2 must divide 1 experts"),
-    (dict(dp=5), "no multiple of dp 5"), (dict(zero=4), "zero must be 0 to 3, recompute"), (dict(recompute="half"), "recompute one of")])
+    (dict(dp=5), "no multiple of dp 5"), (dict(zero=4), "zero must be in 0 .. 3 and recompute"), (dict(recompute="half"), "recompute one of")])
 def test_impossible_layouts_are_refused(layout, message):
     with pytest.raises(ValueError, match=message):
         costs(**layout)

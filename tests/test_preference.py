@@ -258,9 +258,9 @@ def test_losses_of_uneven_parts_add_up_to_the_loss_of_all():
 
 def test_a_tabular_policy_learns_by_dpo_what_the_reward_model_says_it_should():
     found = run_here(["preference.py", "--pairs", "400"])
-    assert found.returncode == 0 and found.stdout.rstrip().endswith(": OK"), found.stdout + found.stderr
+    assert found.returncode == 0 and found.stdout.rstrip().endswith(": OK, below 0.01"), found.stdout + found.stderr
     other = run_here(["preference.py", "--pairs", "400", "--beta", "1", "--seed", "3"])
-    assert other.stdout.rstrip().endswith(": OK") and other.stdout != found.stdout
+    assert other.stdout.rstrip().endswith(": OK, below 0.01") and other.stdout != found.stdout
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_tabular_policy_learns_by_dpo_what_the_reward_model_says_it_should():
     (lambda: reward_model()(torch.zeros(2, 3, dtype=torch.long), torch.zeros(3)), r"\(2, 3\) and \(3,\)"),
     (lambda: reward_model().scores(torch.zeros(2, 3, dtype=torch.long), torch.zeros(3, dtype=torch.long)), r"last must be \(2,\)"),
     (lambda: reward_loss(torch.zeros(2), torch.zeros(3)), r"chosen \(2,\), rejected \(3,\)"),
-    (lambda: reward_loss(torch.zeros(2, 1), torch.zeros(2, 1)), "expected 1 dimensions"),
+    (lambda: reward_loss(torch.zeros(2, 1), torch.zeros(2, 1)), "want 1 dimensions"),
     (lambda: ranking_loss(torch.zeros(2)), r"must be \(N, K\)"),
     (lambda: calibration(torch.zeros(0), torch.zeros(0)), "0 pairs and 10 bins"),
     (lambda: calibration(torch.zeros(1), torch.zeros(1), 0), "1 pairs and 0 bins"),

@@ -243,7 +243,7 @@ def test_few_shot_prompts_show_reasoning_or_not():
 
 @pytest.mark.parametrize("task, level", [("chess", 2), ("chain", 0), ("chain", 25), ("countdown", 1), ("addition", 2.0)])
 def test_a_kind_that_is_none_is_refused(task, level):
-    with pytest.raises(ValueError, match="a task is one of chain, .*got"):
+    with pytest.raises(ValueError, match="task must be one of chain, .*got"):
         make_puzzle(task, level, torch.Generator())
 
 
@@ -264,8 +264,8 @@ def test_demo_ends_on_a_verdict_and_flags_change_it():
         assert verdict[0] == verdict[1]
 
 
-@pytest.mark.parametrize("flags, cause", [(["--level", "99"], "a task is one of"), (["--seed", "-1"], "--seed must be"),
-                                          (["--task", "countdown", "--level", "1"], "a task is one of")])
+@pytest.mark.parametrize("flags, cause", [(["--level", "99"], "task must be one of"), (["--seed", "-1"], "--seed must be"),
+                                          (["--task", "countdown", "--level", "1"], "task must be one of")])
 def test_bad_flags_get_one_line(flags, cause):
     found = run_program(["puzzles.py", *flags])
     assert found.returncode == 2 and found.stderr.startswith("puzzles.py: ") and cause in found.stderr

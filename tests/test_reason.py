@@ -202,7 +202,7 @@ def test_without_processes_gradients_stay():
 
 
 def test_demo_tells_the_whole_story(tmp_path, capsys):
-    reason.main(level=2, steps=3, rl_steps=1, problems=4, seed=0, plot=tmp_path / "a.png", save=tmp_path / "a.pt")
+    reason.main(level=2, steps=3, rl_steps=1, problems=4, seed=0, plot=tmp_path / "a.png", out=tmp_path / "a.pt")
     said = capsys.readouterr().out
     for phase in ("direct answers", "worked steps", "base", "prompted with reasoning", "zero", "control", "1 cold start",
                   "2 reasoning RL", "3 rejection", "4 diverse RL", "drawn", "saved"):

@@ -406,7 +406,7 @@ def test_one_step_of_ppo_matches_the_formulas_put_together(left):
     explained = 1 - ((returns - values)[inside] ** 2).sum() / (returns[inside] - returns[inside].mean()).square().sum()
     assert statistics["explained_variance"] == pytest.approx(explained.item(), abs=1e-9)
     norm = math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
-    assert statistics["gradient"] == pytest.approx(norm, rel=1e-5) and statistics["steps"] == 1  # kept in fp32
+    assert statistics["grad_norm"] == pytest.approx(norm, rel=1e-5) and statistics["steps"] == 1  # kept in fp32
 
 
 def test_ratios_start_at_1_although_the_models_have_dropout():

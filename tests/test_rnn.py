@@ -99,13 +99,13 @@ def test_layers_are_the_same_for_the_same_seed_and_refuse_what_does_not_fit():
             Recurrent(*arguments)
     layer = Recurrent(3, 5)
     for shape in ((2, 3), (2, 4, 4), (2, 0, 3), (0, 2, 3)):
-        with pytest.raises(ValueError, match=r"expected x of shape \(B, S, 3\), got "):
+        with pytest.raises(ValueError, match=r"x must be \(B, S, 3\) and not empty, got shape "):
             layer(torch.zeros(shape))
     for lengths in ([1], [0, 2], [1, 5]):
         with pytest.raises(ValueError, match=r"lengths must be 2 values in 1 \.\. 4, got \["):
             layer(torch.zeros(2, 4, 3), lengths=torch.tensor(lengths))
     for state in ((torch.zeros(2, 5),), (torch.zeros(2, 5),) * 3, (torch.zeros(1, 5),) * 2, (torch.zeros(2, 4),) * 2):
-        with pytest.raises(ValueError, match=r"the state of this lstm is 2 of shape \(2, 5\), got \["):
+        with pytest.raises(ValueError, match=r"the state of this lstm must be 2 of shape \(2, 5\), got \["):
             layer(torch.zeros(2, 4, 3), state)
 
 
@@ -191,7 +191,7 @@ def test_every_flag_changes_something(program, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--d_model", 0], "--d_model, --distance and --batch must be at least 1"), (["--distance", -1], "at least 1"),
     (["--batch", "x"], "invalid int"), (["--seed", -1], "--seed in 0"), (["--seed", 2**63], "--seed in 0"),
-    (["--plot", "rnn"], "--plot rnn: name a picture"), (["--plot", "no/folder.png"], "in a folder that is there")])
+    (["--plot", "rnn"], "name a picture"), (["--plot", "no/folder.png"], "no/folder.png: cannot be drawn")])
 def test_program_answers_bad_input_in_one_line(program, capsys, arguments, message):
     with pytest.raises(SystemExit) as exit:
         program("--d_model", 2, "--distance", 2, *arguments)

@@ -149,7 +149,7 @@ def test_scheduled_sampling_reads_true_words_or_own_ones():
     assert torch.equal(logits(INPUTS, 0.5), logits(INPUTS, 0.5))
     assert not torch.equal(logits(INPUTS, 1.0), logits(INPUTS, 1.0, seed=1))  # its words are drawn
     for bad in (-0.1, 1.5):
-        with pytest.raises(ValueError, match=f"sampling is a probability, got {bad}"):
+        with pytest.raises(ValueError, match=rf"sampling must be in \[0, 1\], got {bad}"):
             logits(INPUTS, bad)
 
 
@@ -183,9 +183,9 @@ def test_a_translator_that_cannot_be_is_refused(change, message):
 def test_shapes_that_do_not_fit_are_refused():
     model = translator()
     for source, lengths in ((SOURCE[0], SOURCE_LENGTHS), (SOURCE, SOURCE_LENGTHS[:2])):
-        with pytest.raises(ValueError, match=r"expected source \(B, S\) and lengths \(B,\), got "):
+        with pytest.raises(ValueError, match=r"source must be \(B, S\) and lengths \(B,\), got shapes "):
             model.encode(source, lengths)
-    with pytest.raises(ValueError, match=r"the state of this lstm is 2 of shape \(2, 6\), got \[\(3, 6\)"):
+    with pytest.raises(ValueError, match=r"the state of this lstm must be 2 of shape \(2, 6\), got \[\(3, 6\)"):
         model(SOURCE, SOURCE_LENGTHS, INPUTS[:2])  # of another batch
     with pytest.raises(ValueError, match="lengths must be 3 values in 1 .. 4"):
         greedy_translations(model, SOURCE, SOURCE_LENGTHS * 2)
@@ -315,7 +315,7 @@ def test_program_shows_both_problems_in_the_language_asked_for(capsys, monkeypat
     for part in ("no attention, % right", "dot attention, % right", "BLEU", "alignment error rate"):
         assert part in out
     assert re.search(r"^= .*(hundert|tausend|zig)", out, re.MULTILINE)
-    assert re.search(r"the longest fifth: \d+ % right without attention, \d+ % with it \(expected: more\)\n$", out)
+    assert re.search(r"the longest fifth: \d+ % right without attention, \d+ % with it \(expected more\)\n$", out)
 
 
 def test_every_flag_changes_something(small, tmp_path):
@@ -335,9 +335,9 @@ def test_every_flag_changes_something(small, tmp_path):
     (["--steps", 0], "--steps must be at least 1"), (["--seed", -1], "--seed in 0"), (["--sampling", 1.5], r"--sampling in \[0, 1\]"),
     (["--language", "french"], "--language chooses the generated corpus and --pairs brings another"),
     (["--translate", ""], "sentence 0 is empty"), (["--translate", "blue moon"], "no known word: 'blue moon'"),
-    (["--plot", "rnn"], "--plot rnn: name a picture"), (["--plot", "no/folder.png"], "in a folder that is there"), (["--plot", "{folder}"], "Is a directory"),
+    (["--plot", "rnn"], "name a picture"), (["--plot", "no/folder.png"], "no/folder.png: cannot be drawn"), (["--plot", "{folder}"], "Is a directory"),
     (["--attention", "self"], "invalid choice"),
-    (["--pairs", "missing.tsv"], "No such file"), (["--pairs", "{few}"], "only 4 pairs; give at least 5"),
+    (["--pairs", "missing.tsv"], "No such file"), (["--pairs", "{few}"], "only 4 pairs: give at least 5"),
     (["--pairs", "{broken}"], "broken.tsv, line 3: 1 of the columns"), (["--pairs", "{strange}"], "no held-out sentence")])
 def test_program_answers_bad_input_in_one_line(small, tmp_path, capsys, arguments, message):
     files = {"few": "a\tb\n" * 4, "broken": "a\tb\nc\td\ne\n", "strange": "\n".join(f"{c}\t{c}" for c in "abcde")}
@@ -354,7 +354,7 @@ def test_program_answers_bad_input_in_one_line(small, tmp_path, capsys, argument
 
 @pytest.mark.parametrize("module, message", [
     ("matplotlib.figure", "--plot needs matplotlib: pip install matplotlib"),
-    ("rnn", "the demo needs pairs.py and rnn.py beside this file")])
+    ("rnn", "copy that file beside this one")])
 def test_what_is_not_there_is_said_in_one_line(small, capsys, monkeypatch, module, message):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as exit:

@@ -169,7 +169,7 @@ def test_bad_input_is_refused(prompts, options, message):
 
 def test_program_ends_on_its_verdict_and_refuses_in_one_line():
     found = run_here(["rollout.py", "--prompts", "3", "--max_new_tokens", "24"])
-    assert found.returncode == 0 and "batched = alone: True (3 answers)" in found.stdout.splitlines()[-1]
+    assert found.returncode == 0 and "batched = alone: True (expected True; 3 answers)" in found.stdout.splitlines()[-1]
     other = run_here(["rollout.py", "--prompts", "3", "--max_new_tokens", "24", "--seed", "1"])
     assert other.returncode == 0 and other.stdout.splitlines()[2] != found.stdout.splitlines()[2]  # another mean length
     bad = run_here(["rollout.py", "--prompts", "0"])

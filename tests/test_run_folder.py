@@ -57,7 +57,7 @@ def test_settings_of_the_checkpoint_hold_under_what_is_given_now(tmp_path):
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
     a_run(tmp_path)
-    with pytest.raises(ConfigError, match="has done 20 steps already; --steps=10 is less"):
+    with pytest.raises(ConfigError, match="has done 20 steps already, --steps=10 is less"):
         decide(tmp_path, resume=True, steps=10)
 
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_not_train_pys_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        with pytest.raises(ConfigError, match=f"^{out} cannot be written to .*another --out$"):
+        with pytest.raises(ConfigError, match=f"^{out}: cannot be written .*another --out$"):
             decide(out)
 
 

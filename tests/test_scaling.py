@@ -203,7 +203,7 @@ def test_utilisation_is_the_inverse_of_training_seconds():
     ({"n_layers": 0}, "n_layers must be a whole number and at least 1, got 0"),
     ({"d_model": -8}, "d_model"), ({"n_heads": 3}, "n_heads must divide d_model"), ({"vocab_size": 1.5}, "vocab_size"),
     ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads"), ({"d_ff": 0}, "d_ff must be"), ({"d_head": 0}, "d_head"),
-    ({"experts_per_token": 2}, "2 experts per token of only 1")])
+    ({"experts_per_token": 2}, "experts_per_token must be at most experts, got 2 and 1")])
 def test_impossible_shapes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelShape(**(dict(n_layers=2, d_model=32, n_heads=4, vocab_size=61, context=8) | changes))
@@ -223,9 +223,9 @@ def test_zero_and_negative_sizes_are_refused(call):
 @pytest.mark.parametrize("arguments, message", [
     (["--gpu", "abacus"], "unknown GPU 'abacus': choose from p100"),
     (["--plan", "gpt5"], "unknown model 'gpt5': choose from gpt2"),
-    (["--gpus", 0], "gpus must be a positive number"), (["--plan", "gpt2", "--gpus", 0], "at least one GPU"),
-    (["--plan", "gpt2", "--tokens", -1], "--tokens must be a positive number"),
-    (["--plan", "gpt2", "--tokens", "nan"], "--tokens must be a positive number"),
+    (["--gpus", 0], "gpus must be positive and finite"), (["--plan", "gpt2", "--gpus", 0], "at least one GPU"),
+    (["--plan", "gpt2", "--tokens", -1], "--tokens must be positive and finite"),
+    (["--plan", "gpt2", "--tokens", "nan"], "--tokens must be positive and finite"),
     (["--plan", "llama1_7b", "--gpus", 1], "2 GPUs would do"),
     (["--fit", "no/such.csv"], "no/such.csv: cannot be read"), (["--fit", "a", "--measure"], "give one of them"),
     (["--plan", ""], "unknown model"), (["--fit", ""], "cannot be read"),

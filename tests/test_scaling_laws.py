@@ -162,7 +162,7 @@ GOOD = "\n".join(f"{n:g},{d:g},{CHINCHILLA.loss(n, d):.5f}" for n in (1e7, 1e8, 
 
 
 @pytest.mark.parametrize("text, message", [
-    ("N,D\n1,2", "column loss is missing; found N, D"), ("", "column N and D and loss is missing; found none"),
+    ("N,D\n1,2", "column loss is missing, found N, D: name all three"), ("", "column N and D and loss is missing, found none"),
     ("N,D,loss\n1e6,2e6,3.0", "needs six runs, of three N and three D; got 1 runs of 1 N and 1 D"), ("N,D,loss\n", "got 0 runs"),
     (f"N,D,loss\n{GOOD}\n1e6,x,3", "line 11: N, D and loss must be positive numbers"),
     (f"N,D,loss\n{GOOD}\n1e6,1e6", "line 11"), (f"N,D,loss\n{GOOD}\n-1,1e6,3", "line 11"),
@@ -177,7 +177,7 @@ def test_bad_csv_is_one_line(tmp_path, text, message):
 
 def test_files_that_are_no_csv_are_refused(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"N,D,loss\n\xff\xfe")
-    for path, message in ((tmp_path / "x.csv", "no CSV in UTF-8"), (tmp_path, "cannot be read"), ("missing.csv", "cannot be read")):
+    for path, message in ((tmp_path / "x.csv", "not CSV in UTF-8"), (tmp_path, "cannot be read"), ("missing.csv", "cannot be read")):
         with pytest.raises(ValueError, match=message):
             read_runs(path)
 
@@ -240,7 +240,15 @@ def test_losses_that_never_fall_are_one_line(monkeypatch, capsys, tmp_path):
     assert status == 2 and err.startswith("scaling_laws.py: loss must fall with N and with D") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--fit", "missing.csv"], ["--fits", "x"]])
+def test_samples_are_those_of_the_bootstrap(one_start, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(scaling_laws, "bootstrap", lambda method, runs, samples: seen.append(samples) or ((0, 0), (1, 1)))
+    (tmp_path / "few.csv").write_text(f"N,D,loss\n{GOOD}")
+    scaling_laws.main(str(tmp_path / "few.csv"), 7, None)
+    assert set(seen) == {7}
+
+
+@pytest.mark.parametrize("arguments", [["--fit", "missing.csv"], ["--fits", "x"], ["--samples", 1]])
 def test_bad_flags_are_one_line(monkeypatch, capsys, arguments):
     status, out, err = program(monkeypatch, capsys, *arguments)
     assert status == 2 and err.startswith("scaling_laws.py: ") and err.count("\n") == 1

@@ -58,7 +58,7 @@ def test_a_done_stage_stays_and_its_metrics_have_every_step_once(tmp_path):
     again.run(lambda step: pytest.fail("a step was done twice"))
     assert torch.equal(weights(model), weights(other))
     lines = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and {"loss", "lr", "gradient"} <= lines[0].keys()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and {"loss", "lr", "grad_norm"} <= lines[0].keys()
     saved = checkpoint.load(checkpoint.latest(tmp_path / "sft"))
     assert saved["meta"]["model_type"] == "gpt" and saved["meta"]["step"] == 6
     assert saved["model"].keys() == dict(model.named_parameters()).keys()

@@ -185,18 +185,18 @@ def test_dropout_changes_something():
     (dict(n_buckets=30), "n_buckets must be a multiple of 4 .* got 30 buckets"),
     (dict(max_distance=16), "less than twice max_distance, got 32 buckets and distance 16"),
     (dict(dropout=-0.1), r"dropout must be in \[0, 1\), got -0.1"),
-    (dict(eos=32128), "eos must be an id below 32128, got 32128")])
+    (dict(eos=32128), "eos must be an id of the vocabulary, in 0 .. 32127, got 32128")])
 def test_impossible_sizes_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         T5Config(**bad)
 
 
 @pytest.mark.parametrize("source, inputs, message", [
-    (torch.tensor([[1, 37]]), TARGETS[:1], "token ids 1 .. 37 exceed the vocabulary, 0 .. 36"),
-    (SOURCE, TARGETS - 1, "token ids -1 .. 8 exceed the vocabulary, 0 .. 36"),
+    (torch.tensor([[1, 37]]), TARGETS[:1], "token ids 1 .. 37 are not all in the vocabulary, 0 .. 36"),
+    (SOURCE, TARGETS - 1, "token ids -1 .. 8 are not all in the vocabulary, 0 .. 36"),
     (SOURCE[0], TARGETS, r"tokens must be \(B, T\) and not empty, got shape \(7,\)"),
     (SOURCE, TARGETS[:, :0], r"tokens must be \(B, T\) and not empty, got shape \(3, 0\)"),
-    (SOURCE[:2], TARGETS, "a source of 2 rows and inputs of 3"),
+    (SOURCE[:2], TARGETS, "source and inputs must have as many rows, got 2 and 3"),
     (torch.tensor([[1, 2], [0, 0]]), TARGETS[:2], "row 1 of the source is nothing but padding")])
 def test_tokens_that_cannot_be_are_refused(source, inputs, message):
     with pytest.raises(ValueError, match=message):

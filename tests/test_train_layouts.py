@@ -114,9 +114,9 @@ def first_only(rank, arguments, how):
 
 
 @pytest.mark.parametrize("flags, message", (
-    ("--tp=3 --n_heads=4", "--tp=3 cannot share 4 heads, 4 key and value heads and 64 hidden units; 1, 2, 4 can"),
+    ("--tp=3 --n_heads=4", "--tp=3 cannot share 4 heads, 4 key and value heads and 64 hidden units: 1, 2, 4 can"),
     ("--pp=3", "--pp=3 stages need as many blocks, the model has 2: --pp=2 at most"),
-    ("--cp=3 --batch_tokens=240 --context=20", "--cp=3 needs a context that 2 * 3 divides, 20 is not: 18 is")))
+    ("--cp=3 --batch_tokens=240 --context=20", "--cp=3 needs a --context that 2 * 3 divides, got 20: 18 is one")))
 def test_a_layout_that_does_not_fit_the_model_is_refused_by_all_ranks(text, tmp_path, flags, message):  # noqa: F811
     results = spawn_ranks(3, main_and_errors_on_rank, [f"--out={tmp_path}", f"--data={text}", *SMALL, *flags.split()], init=False)
     assert [status for status, _ in results] == [2, 2, 2]
@@ -126,7 +126,7 @@ def test_a_layout_that_does_not_fit_the_model_is_refused_by_all_ranks(text, tmp_
 def test_processes_that_do_not_make_the_layout_are_refused():
     for settings, processes, message in (
             (TrainConfig(tp=2, pp=2), 6, "dp 1 \\* tp 2 \\* pp 2 \\* cp 1 \\* ep 1 = 4 needs 4 processes, there are 6"),
-            (TrainConfig(tp=2), 1, "needs 2 processes, there are 1; start them by torchrun --nproc_per_node=2"),
+            (TrainConfig(tp=2), 1, "needs 2 processes, there are 1: start them by torchrun --nproc_per_node=2"),
             (TrainConfig(dp=3, cp=2), 4, "= 6 needs 6 processes")):
         with pytest.raises(ConfigError, match=message):
             derive(settings, processes, "cpu", False)

@@ -269,26 +269,27 @@ def test_schedule_matches_transformers():
 # --- bad input ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(n_heads=5), "d_model must be even .* and a multiple of n_heads, got width 512 and 5 heads"),
-    (dict(d_model=15, n_heads=3), "d_model must be even .* got width 15"),
+    (dict(n_heads=5), "n_heads must divide d_model, .* got 5 heads and width 512"),
+    (dict(d_model=15, n_heads=3), "d_model be even .* got 3 heads and width 15"),
     (dict(n_layers=0), "n_layers must be a whole number and at least 1, got 0"),
     (dict(vocab_size=2.5), "vocab_size must be a whole number and at least 1, got 2.5"),
     (dict(source_vocab_size=0), "source_vocab_size must be a whole number and at least 1, got 0"),
     (dict(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
-    (dict(pad=37000), "pad must be an id of the vocabulary, below 37000, got 37000")])
+    (dict(pad=37000), "pad must be an id of the vocabulary, in 0 .. 36999, got 37000"),
+    (dict(vocab_size=100, source_vocab_size=10, pad=50), "in 0 .. 9, got 50")])
 def test_impossible_sizes_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**bad)
 
 
 @pytest.mark.parametrize("source, targets, message", [
-    (torch.tensor([[1, 23]]), TARGETS[:1], r"token ids 1 .. 23 exceed the vocabulary, 0 .. 22"),
-    (SOURCE, TARGETS - 1, r"token ids -1 .. 8 exceed the vocabulary, 0 .. 22"),
+    (torch.tensor([[1, 23]]), TARGETS[:1], r"token ids 1 .. 23 are not all in the vocabulary, 0 .. 22"),
+    (SOURCE, TARGETS - 1, r"token ids -1 .. 8 are not all in the vocabulary, 0 .. 22"),
     (torch.ones(1, 17, dtype=torch.long), TARGETS[:1], "a sequence of 17 tokens does not fit a context of 16"),
     (SOURCE[:1], torch.ones(1, 17, dtype=torch.long), "a sequence of 17 tokens does not fit a context of 16"),
     (SOURCE[0], TARGETS, r"tokens must be \(B, T\) and not empty, got shape \(5,\)"),
     (SOURCE, TARGETS[:, :0], r"tokens must be \(B, T\) and not empty, got shape \(3, 0\)"),
-    (SOURCE[:2], TARGETS, "a source of 2 rows and targets of 3"),
+    (SOURCE[:2], TARGETS, "source and targets must have as many rows, got 2 and 3"),
     (torch.tensor([[1, 2], [0, 0]]), TARGETS[:2], "row 1 of the source is nothing but padding")])
 def test_tokens_that_cannot_be_are_refused(source, targets, message):
     with pytest.raises(ValueError, match=message):
@@ -391,9 +392,9 @@ def test_training_learns_and_keeps_the_mean_of_its_last_weights():
 
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "1"], "--steps"), (["--steps", "x"], "--steps"), (["--warmup_steps", "0"], "--warmup_steps"),
-    (["--smoothing", "2"], "--smoothing"), (["--smoothing", "nan"], "--smoothing"), (["--seed", "-1"], "--seed"),
+    (["--label_smoothing", "2"], "--label_smoothing"), (["--label_smoothing", "nan"], "--label_smoothing"), (["--seed", "-1"], "--seed"),
     (["--language", "latin"], "--language"), (["--pairs", "missing.tsv"], "missing.tsv"),
-    (["--pairs", "x.tsv", "--language", "german"], "give one of them"), (["--pairs", "{tmp}/two.tsv"], "only 2 pairs; give at least 5"),
+    (["--pairs", "x.tsv", "--language", "german"], "give one of them"), (["--pairs", "{tmp}/two.tsv"], "only 2 pairs: give at least 5"),
     (["--pairs", "{tmp}/column.tsv"], "column.tsv, line 2"), (["--steps", "2", "--translate", "xyz"], "no known word")])
 def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys, tmp_path):
     (tmp_path / "two.tsv").write_text("a\tb\nc\td\n")
@@ -413,4 +414,4 @@ def test_a_missing_neighbour_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(transformer.__file__, run_name="__main__")
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "rnn_nmt.py" in error and "beside this file" in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and "rnn_nmt" in error and "beside this one" in error

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, Program
 
 SETTINGS = ("--n_layers=1 --n_heads=2 --d_model=16 --context=16 --batch_tokens=64 --steps=120 --warmup_steps=0 --samples=0 "
-            "--vocab_size=280 --save_every=10 --eval_every=60 --timeout=6 --resume").split()
+            "--vocab_size=280 --save_every=20 --eval_every=60 --timeout=6 --resume").split()
 
 
 def ip(*words):

@@ -243,11 +243,11 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_demo_ends_on_its_verdict(capsys):
-    weights.main(gpus=4, seed=0)
+    weights.main(parts=4, seed=0)
     assert "Hugging Face True, Meta True (expected True, True)" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flag, value", [("--gpus", "3"), ("--gpus", "x"), ("--seed", "-1")])
+@pytest.mark.parametrize("flag, value", [("--parts", "3"), ("--parts", "x"), ("--seed", "-1")])
 def test_bad_flags_are_one_line(flag, value, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["weights.py", flag, value])
     with pytest.raises(SystemExit) as stop:
