@@ -302,7 +302,7 @@ def main(length: int, d_head: int, dtype: str, device: str) -> None:
             times.append(1e3 * (time.perf_counter() - began))
         print(f"  {name:10} " + "  ".join(f"{error:.1e}" for error in errors) + f"  {min(times):9.3f} ms")
         used.append(name)
-        largest = max(largest, *errors)
+        largest = torch.tensor([largest, *errors]).max().item()  # NaN, if there is one; Python's max would lose it
     if not used:
         raise ValueError(f"no kernel works here with --dtype {dtype} and --d_head {d_head}: choose others")
     print(f"max |kernel - formula| of {len(used)} kernels ({', '.join(used)}) = {largest:.1e} of the largest: "

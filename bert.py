@@ -170,7 +170,7 @@ class _Pretrained(nn.Module):
         every tensor that is missing, misshapen or none of this model's.
         """
         directory = Path(directory)
-        theirs, config = _read_tensors(directory), _read_config(directory)
+        config, theirs = _read_config(directory), _read_tensors(directory)
         with torch.device("meta"):  # nothing is drawn at random only to be overwritten
             model = cls(config)
         wanted = {name: shape for _, p, names in _hugging_face(model) for name in names

@@ -19,6 +19,7 @@ Test      pytest tests/test_decode.py
 import argparse
 import codecs
 import contextlib
+import functools
 import math
 import operator
 import sys
@@ -204,6 +205,10 @@ class FastLinear(TorchFunctionMode):
     @staticmethod
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = input.shape[:-1].numel()
+        # Below 1 MB another core brings less than it costs to wake it.
+        if weight.dtype == torch.float32 and rows == 1 and weight.numel() >= 2**18 and torch.get_num_threads() > 1:
+            y = row_in_parts(input.reshape(1, -1), weight).view(*input.shape[:-1], -1)
+            return y if bias is None else y + bias
         if weight.dtype == torch.float32 and 1 < rows <= 8 and weight.is_contiguous():
             x = input.reshape(rows, -1).t()  # (in, rows): W x^T takes down to a third of x W^T's time on two cores
             y = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (out, rows)
@@ -213,6 +218,35 @@ class FastLinear(TorchFunctionMode):
             bias = None if bias is None else bias.float()
             return F.linear(input.float(), weight.float(), bias).to(input.dtype)
         return F.linear(input, weight, bias)
+
+
+def row_in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, in), weight (out, in) -> x W^T (1, out), as many parts of it at once as torch has threads: a product of one
+    row is left to one core, which cannot read W as fast as memory gives it."""
+    P, (out, width) = torch.get_num_threads(), weight.shape
+    if weight.is_contiguous():  # each part makes some of the outputs
+        n = out // P
+        y = torch.bmm(x.expand(P, 1, width), weight[:P * n].view(P, n, width).mT).view(1, -1)  # (1, P n)
+        return y if P * n == out else torch.cat((y, F.linear(x, weight[P * n:])), 1)
+    if weight.mT.is_contiguous():  # each takes some of the inputs
+        n, columns = width // P, weight.mT
+        y = torch.bmm(x[:, :P * n].view(P, 1, n), columns[:P * n].view(P, n, out)).sum(0)  # (P, 1, out) -> (1, out)
+        return y if P * n == width else y + x[:, P * n:] @ columns[P * n:]
+    return F.linear(x, weight)
+
+
+@contextlib.contextmanager
+def fast_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, the linear layers of a model on a CPU multiply by ``FastLinear.linear``. Under FastLinear itself every
+    function of torch is looked at, which takes longer than it saves where all products are of one row."""
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
+    for m in layers:
+        m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias)
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.__dict__.pop("forward", None)  # another thread, with the same model, may have been here
 
 
 def one_row_layout(model: nn.Module) -> None:
@@ -225,11 +259,12 @@ def one_row_layout(model: nn.Module) -> None:
 
 def next_logits(model: nn.Module, tokens: Tensor, cache, last: int = 1) -> Tensor:
     """model(tokens, cache)[:, -last:], (B, T) -> (B, last, V), without the head's work on other positions."""
-    start = cache.begin(tokens.size(1))
-    with FastLinear() if tokens.device.type == "cpu" and tokens.numel() > 1 else contextlib.nullcontext():
+    start, on_cpu = cache.begin(tokens.size(1)), tokens.device.type == "cpu"
+    with FastLinear() if on_cpu and tokens.numel() > 1 else contextlib.nullcontext():
         x = model.embed(tokens, start)  # (B, T, D)
         for block, layer_cache in zip(model.blocks, cache.layers):
             x = block(x, start, layer_cache)
+    with FastLinear() if on_cpu else contextlib.nullcontext():
         return model.head(x[:, -last:])
 
 
@@ -244,7 +279,7 @@ def _steps(model: nn.Module, prompts: list[list[int]], limits: list[int], stop_t
     longest = max(map(len, texts))
     padding = [longest - len(text) for text in texts]
     tokens = torch.tensor([[0] * n + text for n, text in zip(padding, texts)], device=device)  # (B, T)
-    with evaluating(model):
+    with evaluating(model), fast_layers(model):
         cache = model.new_cache(len(rows), longest + max(limits))
         if any(padding):
             cache.padding = torch.tensor(padding, device=device)

@@ -112,6 +112,7 @@ def start_reduce_scatter(rows: Tensor, group: dist.ProcessGroup | None = None, t
             torch.mul(wide, scale, out=piece_of_total)
             del wide
         return total  # (C,)
+
     return wait
 
 
@@ -266,7 +267,7 @@ def main() -> None:
     from gpt import GPT, GPTConfig
     P, model = 3, GPT(GPTConfig(vocab_size=32, context=8, n_layers=2, n_heads=2, d_model=10))
     named, count = list(model.named_parameters()), {}
-    print(f"{sum(p.numel() for _, p in named):,} parameters on {P} ranks, in pieces of up to 4 KB\n"
+    print(f"{sum(p.numel() for _, p in named):,} parameters on {P} ranks, in pieces of up to 4 KiB\n"
           "piece         n       C   padding   rank 0 owns, elements of")
     ranks = [make_flats(model, named, (), 2**12, None, lambda part, dtype, device, r=r: Flat(part, P, r, dtype, device))
              for r in range(P)]
@@ -282,7 +283,7 @@ def main() -> None:
                 start, stop, _ = flat.owned(p)
                 count.setdefault(name, torch.zeros(p.numel(), dtype=torch.long))[start:stop] += 1
     once = len(count) == len(named) and all((owners == 1).all() for owners in count.values())
-    print(f"every number has one owner: {'OK' if once else 'WRONG'}")
+    print(f"every number has one owner: {'OK' if once else 'WRONG, expected just one'}")
 
 
 if __name__ == "__main__":

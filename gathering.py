@@ -41,7 +41,7 @@ def materialise(p: nn.Parameter, device: torch.device) -> None:
 
 @torch.no_grad()
 def draw_values(model: nn.Module, dtypes: list[torch.dtype], keep: Callable[[nn.Parameter, Tensor], None],
-         initialise: Callable[[nn.Module], None]) -> list[str]:
+                initialise: Callable[[nn.Module], None]) -> list[str]:
     """Let ``initialise`` walk over parameters that have values only while it looks at them: then ``keep(p, values)``
     takes what this rank owns. The generator gives what it gives one process, and one whole parameter exists at a time.
 
@@ -251,7 +251,7 @@ def main() -> None:
     blocks = [f"block {i}" for i in range(1, config.n_layers + 1)]
     right = (forward, events, most) == (["rest", *blocks, "rest"], blocks[::-1], 2)
     print(f"units there at once: {most} at most (expected 2), in the order of the formula: "
-          + ("OK" if right else "WRONG"))
+          + ("OK" if right else "WRONG, expected its order"))
 
 
 if __name__ == "__main__":

@@ -282,7 +282,11 @@ class GPT(nn.Module):
             start = start.view(len(start), -1)  # (B, 1) or (B, T)
         # (T,), or (B, T) if rows are padded; slots of padding have no position of their own
         positions = (start + torch.arange(T, device=tokens.device)).clamp(min=0)
-        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        try:
+            x = self.token_embedding(tokens) + self.position_embedding(positions)
+        except IndexError:  # on a CPU; to look at every batch on a GPU would make the CPU wait for it
+            raise ValueError(f"token ids {int(tokens.min())} .. {int(tokens.max())} are not all in the vocabulary, "
+                             f"0 .. {self.config.vocab_size - 1}") from None
         return F.dropout(x, self.config.dropout, self.training)
 
     def head(self, x: Tensor) -> Tensor:

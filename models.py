@@ -41,8 +41,7 @@ def describe(settings, vocab_size: int) -> dict:
         sizes |= {"n_kv_heads": s.n_kv_heads or s.n_heads, "rope_base": 1e4 if s.context <= 8192 else 5e5, "tied": True}
     if s.model == "moe":
         sizes["experts"] = {"n_experts": s.n_experts, "k": s.experts_per_token, "router": "softmax_before"}
-    build(s.model, sizes, device="meta")
-    return sizes
+    return sizes | {"d_ff": build(s.model, sizes, device="meta").config.d_ff}
 
 
 class _NothingDrawn(TorchFunctionMode):

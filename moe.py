@@ -292,7 +292,7 @@ class MoE(nn.Module):
         dropping = self.capacity_factor if self.training else None
         assigned, p, chosen = choose(logits, self.k, self.kind, self.bias, dropping, self.scale)
         if self.training:
-            self._account(logits, p, assigned, chosen, len(x))
+            self._account(logits, p, assigned, chosen, len(x) if x.dim() == 3 else 1)
         y = (self.compute(flat, assigned, self.gate_up, self.down) if self.group is None else
              parallel_experts(flat, assigned, self.gate_up, self.down, self.group)).view_as(x)
         return y if self.shared is None else y + self.shared(x)

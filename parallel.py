@@ -8,8 +8,8 @@ Formula   g = (1/P) sum_r g_r,  g_r the gradient of the mean loss over rank r's 
 Shapes    n numbers -> P chunks of C = ceil(n/P); buckets are flat
 Omits     trees (log P rounds, better for short messages), sparse gradients, buffers kept in step after the
           start (batch norm), compression.
-Run       python parallel.py                          2 processes on the CPU, about 10 s
-          torchrun --nproc_per_node 2 parallel.py     the same on ranks that torchrun starts
+Run       python parallel.py                          2 processes on the CPU, 10 s
+          torchrun --nproc_per_node 2 parallel.py     the same on processes that torchrun starts
           python parallel.py --communication          what data, tensor, pipeline ... parallelism send
           Ends with "max |DP - one process| = ..."
 Test      pytest tests/test_parallel.py
@@ -23,7 +23,6 @@ import hashlib
 import itertools
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +69,7 @@ def global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
 #   round 1   0 sends b_02    1 sends c_01    2 sends a_12     then 0 holds a_012, 1 b_012, 2 c_012
 
 def _shift(outgoing: Tensor, incoming: Tensor, group: dist.ProcessGroup | None) -> None:
-    """One round: send `outgoing` to rank r+1 while `incoming` is filled by rank r-1."""
+    """One round: send ``outgoing`` to rank r+1 while ``incoming`` is filled by rank r-1."""
     rank, P = rank_and_size(group)
     # Both directions at once: if every rank finished sending before it received, the ring would lock up.
     for work in dist.batch_isend_irecv([
@@ -157,10 +156,10 @@ class _Bucket:
 
 
 class DataParallel:
-    """Keeps P copies of a model equal: `loss.backward()`, `dp.finish()`, `optimizer.step()`, `zero_grad()`.
+    """Keeps P copies of a model equal: ``loss.backward()``, ``dp.finish()``, ``optimizer.step()``, ``zero_grad()``.
 
     The model is not wrapped. At construction its parameters and buffers are copied from the group's first
-    rank, and hooks are put on the parameters that require a gradient. After `finish()`, p.grad is the reduced
+    rank, and hooks are put on the parameters that require a gradient. After ``finish()``, p.grad is the reduced
     gradient, a view of its bucket, or None if no rank used p. A group of one sends nothing. Accumulation:
 
         with dp.no_sync():
@@ -169,18 +168,18 @@ class DataParallel:
         loss(model(x_last), y_last).backward()         # sends the accumulated gradients
         dp.finish()                                    # once per step on EVERY rank, one without samples too
 
-    After an exception in backward that you survive (out of memory), call `finish()` all the same, to stay in
-    step with the other ranks, then `zero_grad()`: they have gone on with the part that this rank had.
+    After an exception in backward that you survive (out of memory), call ``finish()`` all the same, to stay in
+    step with the other ranks, then ``zero_grad()``: they have gone on with the part that this rank had.
 
     Args:
         model: the same on every rank.
         group: the ranks that see different data; None for all.
-        bucket_mb: bucket size in 2^20 bytes, at most a quarter of what is not in a bucket yet if that is more than
-            one; a larger parameter has a bucket of its own.
+        bucket_mb: bucket size in 2^20 bytes, at most a quarter of the model if that is more than one; a larger
+            parameter has a bucket of its own.
         reduction: "mean" over ranks, for losses that are means over equally many samples, or "sum", for
             losses already divided by the samples (tokens) of the whole batch: right for uneven parts.
         grad_dtype: accumulate and reduce in this dtype, e.g. fp32 for bf16 parameters. p.grad cannot hold
-            that: it is None after backward, and `gradient(p)` has the result until the next backward.
+            that: it is None after backward, and ``gradient(p)`` has the result until the next backward.
 
     Raises:
         ValueError: on every rank, if models or settings differ between ranks; if no parameter requires a
@@ -227,17 +226,15 @@ class DataParallel:
             t.copy_(whole)
 
     def _make_buckets(self, parameters: list[nn.Parameter], limit: float) -> None:
-        """Buckets of up to `limit` bytes, one dtype and device each, from the last parameter to the first."""
-        left = sum(p.numel() * (self.grad_dtype or p.dtype).itemsize for p in parameters)
+        """Buckets of up to ``limit`` bytes, one dtype and device each, from the last parameter to the first."""
+        total = sum(p.numel() * (self.grad_dtype or p.dtype).itemsize for p in parameters)
+        limit = min(limit, max(2**20, total / 4))  # what is sent last travels alone: in a small model, too, a part only
         filling = {}  # (dtype, device) -> parameters
         for p in reversed(parameters):
             dtype, device = self.grad_dtype or p.dtype, p.device
             members = filling.setdefault((dtype, device), [])
-            size = sum(m.numel() for m in members) * dtype.itemsize
-            # what is sent last travels alone, so buckets become smaller towards the end of backward
-            if members and size + p.numel() * dtype.itemsize > min(limit, max(2**20, left / 4)):
+            if members and sum(m.numel() for m in [*members, p]) * dtype.itemsize > limit:
                 self._buckets.append(_Bucket(members, dtype))
-                left -= size
                 members = filling[dtype, device] = []
             members.append(p)
         self._buckets += [_Bucket(members, dtype) for (dtype, _), members in filling.items()]
@@ -317,7 +314,7 @@ class DataParallel:
             self._sync = before
 
     def gradient(self, p: nn.Parameter) -> Tensor | None:
-        """p's reduced gradient after `finish()`, in grad_dtype if that was given; None if no rank used p."""
+        """p's reduced gradient after ``finish()``, in grad_dtype if that was given; None if no rank used p."""
         return p.grad if self.grad_dtype is None else self._reduced.get(p)
 
 
@@ -351,7 +348,7 @@ def mesh(dp: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1, ep: int =
          timeout: timedelta | None = None) -> Mesh:
     """Every group of a layout, from the world size; every process calls it. ``dp`` None: what the others leave.
 
-    ``timeout``: after which a silent rank counts as lost; None: torch's own, 10 to 30 minutes.
+    ``timeout``: after which a silent process counts as lost; None: torch's own, 10 to 30 minutes.
 
     Raises ValueError if the product is not the number of processes, saying it.
     """
@@ -359,7 +356,8 @@ def mesh(dp: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1, ep: int =
     rest = tp * pp * cp * ep
     if min(rest, tp, pp, cp, ep, 1 if dp is None else dp) < 1 or (world % rest if dp is None else dp * rest != world):
         raise ValueError(f"dp * tp * pp * cp * ep = {'dp' if dp is None else dp} * {tp} * {pp} * {cp} * {ep} = "
-                         f"{f'a multiple of {rest}' if dp is None else dp * rest} does not fit {world} processes")
+                         f"{f'a multiple of {rest}' if dp is None else dp * rest} does not fit {world} processes: "
+                         "make the product their number")
     sizes = dict(zip(AXES, (pp, world // rest if dp is None else dp, ep, cp, tp)))
     ranks = torch.arange(world).view(*sizes.values())  # (pp, dp, ep, cp, tp)
     groups: dict[tuple, dist.ProcessGroup] = {}
@@ -385,8 +383,8 @@ def _train(model: nn.Module, options: argparse.Namespace, part: slice, reduce=la
     teacher = torch.randn(options.d_model, 10, generator=torch.Generator().manual_seed(options.seed)).double()
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for step in range(options.steps):
-        draw = torch.Generator().manual_seed(options.seed + 1 + step)
-        x = torch.randn(options.batch, options.d_model, generator=draw).double()[part]  # (B/P, D)
+        generator = torch.Generator().manual_seed(options.seed + 1 + step)
+        x = torch.randn(options.batch, options.d_model, generator=generator).double()[part]  # (B/P, D)
         loss = F.cross_entropy(model(x), (x @ teacher).argmax(-1))
         loss.backward()
         reduce()
@@ -420,11 +418,11 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
         say(f"{step:4d} {losses_one[step]:13.6f} {losses_naive[step]:19.6f} {losses_bucketed[step]:14.6f}")
 
     sent, exchange = [], dist.batch_isend_irecv
-    dist.batch_isend_irecv = lambda round: sent.append(round[0].tensor.nbytes) or exchange(round)
+    dist.batch_isend_irecv = lambda pair: sent.append(pair[0].tensor.nbytes) or exchange(pair)
     ring_all_reduce(torch.zeros(n, dtype=torch.float64))
     dist.batch_isend_irecv = exchange
-    say(f"ring all-reduce of {8 * n:,} bytes: each rank sent {sum(sent):,}, expected 2 (P-1)/P n = "
-        f"{2 * (P - 1) / P * 8 * n:,.0f}, rounded up to equal chunks")
+    say(f"ring all-reduce of {8 * n:,} bytes: each rank sent {sum(sent):,} (expected 2 (P-1)/P n = "
+        f"{2 * (P - 1) / P * 8 * n:,.0f}, rounded up to equal chunks)")
     error = max((a - b).abs().max().item() for model in (naive, bucketed)
                 for a, b in zip(one.parameters(), model.parameters()))
     say(f"max |DP - one process| = {error:.1e} over all parameters after {options.steps} steps: "
@@ -432,7 +430,27 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
+    if options.communication:
+        import communication
+        return communication.table(options.ranks, options.seed)
+    started_by_torchrun = "RANK" in os.environ
+    P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
+    if min(P, options.steps, options.batch, options.d_model) < 1 or not options.bucket_mb > 0:
+        raise ValueError("--ranks, --steps, --batch and --d_model must be at least 1 and --bucket_mb above 0, got "
+                         f"{P}, {options.steps}, {options.batch}, {options.d_model} and {options.bucket_mb}")
+    if options.batch % P:
+        raise ValueError(f"--batch must be a multiple of the {P} ranks, got {options.batch}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {options.seed}")
+    if started_by_torchrun:
+        return _demo(int(os.environ["RANK"]), P, options, "env://")
+    from processes import start_ranks
+    with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
+        start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
@@ -446,30 +464,11 @@ def main() -> None:
                         help="bucket size in 2^20 bytes (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default %(default)s)")
     parser.add_argument("--communication", action="store_true", help="print what each kind sends, instead")
-    options = parser.parse_args()
-    if options.communication:
-        import communication
-        try:
-            return communication.table(options.ranks, options.seed)
-        except ValueError as error:
-            parser.error(str(error))
-    started_by_torchrun = "RANK" in os.environ
-    P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
-    if min(P, options.steps, options.batch, options.d_model) < 1 or not options.bucket_mb > 0:
-        parser.error("--ranks, --steps, --batch, --d_model and --bucket_mb must be positive")
-    if options.batch % P:
-        parser.error(f"--batch must be a multiple of the {P} ranks, got {options.batch}")
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed must be in 0 .. 2^32 - 1, got {options.seed}")
-    if started_by_torchrun:
-        return _demo(int(os.environ["RANK"]), P, options, "env://")
-    from processes import start_ranks
-    with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
-
-
-if __name__ == "__main__":
     try:
-        main()
+        main(parser.parse_args())
     except KeyboardInterrupt:
-        sys.exit(130)
+        parser.exit(130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -143,7 +143,10 @@ class Pipeline:
             raise ValueError(f"a schedule for {len(ranks)} ranks cannot run on {self.P}: make one for {self.P}")
         self.M = 1 + max(op.microbatch for ops in ranks for op in ops)
         self.last = max(op.stage for ops in ranks for op in ops)
-        self.boundaries = split(costs or block_costs(model), self.last + 1)
+        costs = block_costs(model) if costs is None else costs
+        if len(costs) != len(model.blocks):
+            raise ValueError(f"want a cost of each of the {len(model.blocks)} blocks, got {len(costs)}")
+        self.boundaries = split(costs, self.last + 1)
         self.times: list[tuple] = []  # of the last step, measured: (start, end, operation), in seconds
         self.most_held = 0  # microbatches of a stage whose activations were held at once
         self._cut()

@@ -321,8 +321,10 @@ def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Clus
 def simulate(ranks: int, work: Workload = Workload(), cluster: Cluster = Cluster(), gigabytes: float = 80.0) -> str:
     """A table of the layouts of so many GPUs, best first; those that do not fit their memory are left out.
 
-    Raises ValueError if no layout fits.
+    Raises ValueError for less than one, and if no layout fits.
     """
+    if ranks < 1:
+        raise ValueError(f"--ranks must be at least 1, got {ranks}")
     found = []
     for tp, pp, V, b in itertools.product((1, 2, 4, 8), range(1, work.n_layers + 1), (1, 2, 3), (1, 2, 4)):
         weights = 12 * work.n_layers * work.d_model**2 / (tp * pp)

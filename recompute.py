@@ -170,7 +170,8 @@ def main(kind: str, n_layers: int, d_model: int, context: int, repeats: int, see
         expected = {"none": "1", "attention": "1.1", "block": "1.33"}[what]
         worst = max(worst, abs(bytes_kept[what] / formula - 1))
         pairs = zip(gradients[what], gradients["none"])
-        difference = max(difference, *((a - b).abs().max().item() for a, b in pairs))
+        errors = [(a - b).abs().max().item() for a, b in pairs]
+        difference = torch.tensor([difference, *errors]).max().item()  # Python's max would lose a NaN
         print(f"{what:10} {bytes_kept[what] / 1e6:9.2f} {formula / 1e6:9.2f} {bytes_kept[what] / formula:6.3f} "
               f"{milliseconds[what]:11.1f} {milliseconds[what] / milliseconds['none']:8.2f}   {expected}")
     print(f"max |gradient - gradient of none| = {difference:.0e} (expected 0); bytes within {worst:.1%} of the formula "

@@ -152,6 +152,8 @@ def generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new
             logits that are not finite.
     """
     _checked(model, prompts, max_new_tokens, temperature)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     device, stop_tokens = next(model.parameters()).device, set(stop_tokens)
     uniforms = _uniforms(len(prompts), max_new_tokens, uniforms, generator).to(device)
     rows, log_probs = [list(prompt) for prompt in prompts], [[0.0] * len(prompt) for prompt in prompts]

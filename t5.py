@@ -348,7 +348,7 @@ class T5(nn.Module):
                 not T5's. One tensor that no T5 uses but the first published ones contain is a warning.
         """
         directory = Path(directory)
-        theirs, config = _read_tensors(directory), _read_config(directory)
+        config, theirs = _read_config(directory), _read_tensors(directory)
         copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"] + ["lm_head.weight"] * config.tied
         for name in [name for name in copies if name in theirs]:
             if not torch.equal(theirs.setdefault("shared.weight", theirs[name]), theirs.pop(name)):

@@ -156,7 +156,7 @@ class Trained:
 
     @property
     def param_groups(self) -> list[dict]:
-        """For the learning rate."""
+        """The optimizers' groups, for the learning rate."""
         return [group for zero in self.zeros for group in zero.param_groups]
 
     def _held(self) -> Iterator[tuple]:
@@ -243,7 +243,7 @@ def _demo(rank: int, steps: int, seed: int, rendezvous: str) -> None:
     world, worst = processes.World(rank, 2, rank, 2), 0.0
     for name, layout in LAYOUTS.items():
         error = (_train(Team(world, **layout), steps, seed) - expected).abs().max().item()
-        worst = max(worst, error)
+        worst = torch.tensor([worst, error]).max().item()  # NaN, if there is one; Python's max would lose it
         world.say(f"{name:14} max |difference of a weight| = {error:.1e}")
     world.say(f"max |layout - one process| = {worst:.1e} after {steps} steps in float64: "
               + ("OK, below 1e-10" if worst < 1e-10 else "WRONG, expected below 1e-10"))

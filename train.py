@@ -219,11 +219,17 @@ def run(settings: TrainConfig, given: set[str]) -> None:
         raise ConfigError(str(error)) from None
     corpus = prepare(c, world, resumed)
     sizes = models.describe(c, corpus.encoding.n_vocab)
+    try:
+        layout.check(grid_of(c), c.model, sizes, corpus.validation.context)
+    except ValueError:
+        raise ConfigError(f"the held-out text is one window of {corpus.validation.context} tokens, which --cp or "
+                          "--sequence cannot cut: give more text or a larger --held_out") from None
     N, active, flops = models.parameters_and_flops(c.model, sizes)
     needed = layout.bytes_needed(N, grid_of(c))
-    if needed > memory(world.device):
+    here = memory(world.device) / (world.local_size if world.device.type == "cpu" else 1)  # processes share a machine's
+    if needed > here:
         raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
-                          f"{memory(world.device) / 2**30:,.0f} GiB here: take more processes with --zero=1, 2 or 3 "
+                          f"{here / 2**30:,.0f} GiB of a process: take more processes with --zero=1, 2 or 3 "
                           f"or --tp, fewer --n_layers or a smaller --d_model")
     # ZeRO-3 alone: every process draws the whole model, one parameter at a time, and keeps its part of each.
     in_parts = c.zero == 3 and c.tp == c.cp == 1 and c.model != "moe"  # experts draw twice
@@ -336,7 +342,8 @@ class Progress:
 
     def __init__(self, trainer: Trainer, corpus: Corpus, flops: int, first: int, last_line: dict | None):
         self.c, self.world, self.corpus, self.flops = trainer.config, trainer.world, corpus, flops
-        self.peak = measure_peak(self.world, torch.bfloat16 if self.c.precision == "bf16" else torch.float32)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.c.precision, torch.float32)
+        self.peak = measure_peak(self.world, dtype)
         self.pace, self.first = None, first  # pace: seconds per step, smoothed
         self.said = time.perf_counter()
         self.path = Path(self.c.out) / "metrics.jsonl"

@@ -292,7 +292,7 @@ def load(directory: str | Path, make: Callable[[dict], nn.Module], dtype: torch.
     theirs = getattr(model.blocks[0].mlp, "hugging_face_config", dict)()
     expected = theirs.get("model_type", kind if kind in ("llama", "mistral") else "llama")
     if kind != expected:
-        raise ValueError(f"{directory}: config.json has model_type = {kind!r}, mlp= makes {expected!r}; for mixtures "
+        raise ValueError(f"{directory}: config.json has model_type = {kind!r}, mlp= makes {expected!r}: for mixtures "
                          "of experts give mlp=moe.experts_of(directory), for others no mlp")
     embedding, head = (OUTSIDE[name][meta] + ".weight" for name in ("token_embedding", "output"))
     if model.config.tied and embedding in stored and head in stored and torch.equal(

@@ -11,19 +11,18 @@ Formula   bytes a parameter, 2 (bf16) + 2 (its gradient) + 12 (fp32 copy and Ada
           in fp32 the chunk is its own fp32 copy: 4 + 4 + 8 bytes: 8 + 8/P, 4 + 12/P, 16/P
           sent a step, for n bytes of parameters: 2 (P-1)/P n in stages 0, 1, 2, as an all-reduce; 3 (P-1)/P n in 3
 Shapes    n numbers of a flat -> (P, C), C = ceil(n/P): row r is rank r's, whatever the parameters' shapes
+Also      needs flattening.py (the flats and the two collectives), in stage 3 gathering.py (parameters come and go)
 Omits     optimizers that look at a whole matrix (Adafactor, Muon, LAMB: a rank has a piece of it); NVMe
           (ZeRO-Infinity); quantised messages (ZeRO++); a stream of its own for the offload's copies.
-          Needs flattening.py (the flats and the two collectives), in stage 3 gathering.py (parameters come and go).
 Run       python zero.py                                2 processes: every stage's bytes and equality, half a minute
           python zero.py --offload --plot zero.png      optimizer in the host's memory (ZeRO-Offload); bars
-          torchrun --nproc_per_node 2 zero.py           the same on ranks that torchrun starts
+          torchrun --nproc_per_node 2 zero.py           the same on processes that torchrun starts
           Ends with "max |bytes measured / formula - 1| = ..."
 Test      pytest tests/test_zero.py
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +53,7 @@ class Shard:
 # --- 2. ZeRO -------------------------------------------------------------------------------------------
 
 class ZeRO:
-    """Trains one model on P ranks: `loss.backward()`, `finish()`, `clip_grad_norm(1.0)`, `step()`, `zero_grad()`.
+    """Trains one model on P ranks: ``backward()``, ``finish()``, ``clip_grad_norm(1.0)``, ``step()``, ``zero_grad()``.
 
     The model is not wrapped: its parameters' ``.data`` become views of flat buffers, and hooks are put on parameters
     and, in stage 3, on modules. Between uses a stage-3 parameter has its shape and reads as NaN: look at it inside
@@ -231,11 +230,11 @@ class ZeRO:
         while self._next < len(self._trained) and not self._trained[self._next].missing:
             flat = self._trained[self._next]
             self._next += 1
-            # in stage 1 messages, in stages 2, 3 whole gradients, take memory: this one and one or two on their way
+            # messages in stage 1, whole gradients in stages 2 and 3 take memory: only one or two are on their way
             while self.stage and len(self._travelling) >= (1 if self.stage >= 2 else 2):
                 self._arrive()
             self._used |= flat.held
-            # a step's first part of a gradient comes where it stays
+            # the first part of a step's gradient arrives where it stays
             wait = flat.start_reduce(flat.gradient if self.stage >= 2 and not (self.offload or flat.filled) else None)
             self._travelling.append((flat, wait, flat.room))
             flat.held = set()
@@ -330,8 +329,8 @@ class ZeRO:
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float, square: Tensor | None = None) -> Tensor:
-        """Scale the gradient down to ``max_norm``; returns its norm before, a scalar. ``square``: |g|^2 if more than
-        this model counts (other stages of a pipeline)."""
+        """``torch.nn.utils.clip_grad_norm_`` over all shards; returns the norm before, the same on every rank.
+        ``square``: |g|^2 if more than this model counts (other stages of a pipeline)."""
         norm = (self.squared_norm() if square is None else square).sqrt()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for flat in self._trained:
@@ -406,7 +405,7 @@ class ZeRO:
 
     @property
     def param_groups(self) -> list[dict]:
-        """The optimizer's, for the learning rate."""
+        """The optimizer's groups, for the learning rate."""
         self._join()  # an update in the background goes by the settings with which it began
         return self.optimizer.param_groups
 
@@ -455,8 +454,5 @@ class ZeRO:
 # --- 3. demo: zero_memory.py, beside this file ---------------------------------------------------------
 
 if __name__ == "__main__":
-    import zero_memory
-    try:
-        zero_memory.main("zero.py")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from zero_memory import main  # every stage beside one process, and its bytes beside the formula
+    main("zero.py")

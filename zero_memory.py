@@ -5,8 +5,8 @@ Idea      A formula for memory is believed when the tensors of a process add up 
 Formula   bytes a parameter on each of P ranks, AdamW, bf16 with fp32 copies: 16, 4 + 12/P, 2 + 14/P, 16/P by stage; in
           fp32 16, 8 + 8/P, 4 + 12/P, 16/P.                               Rajbhandari et al. 2020 (1910.02054), figure 1
           stage 3 within a step, more than that: the parameters and the gradients of two units, (P-1)/P of a gradient
-          that is received, 2^15 numbers of its sum in fp32; and of the rest (embedding, last norm, head), whose
-          gradient backward begins with and ends with, two gradients: the head's, if it is the embedding, waits
+          that is received, 2^15 numbers of its sum in fp32; and two gradients of the rest (embedding, last norm,
+          head), with which backward begins and ends: the head's, if it is the embedding, waits
 Shapes    no tensors here
 Omits     activations (the peak is that of one token); the allocator's gaps; what the backend takes for itself.
 Run       python zero_memory.py --ranks 4    on 4 processes; ends with "max |bytes measured / formula - 1| = ..."
@@ -92,9 +92,9 @@ class PeakBytes(TorchDispatchMode):
 def _train(model: nn.Module, zero, steps: int, text: Tensor, part: slice, look=lambda zero: None) -> list[float]:
     """AdamW with clipping on this rank's rows of every batch, in two microbatches; without ZeRO on one process."""
     plain = zero or torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses, draw = [], torch.Generator().manual_seed(0)
+    losses, generator = [], torch.Generator().manual_seed(0)
     for step in range(steps):
-        starts = torch.randint(len(text) - 17, (8, 1), generator=draw)
+        starts = torch.randint(len(text) - 17, (8, 1), generator=generator)
         batch = text[starts + torch.arange(17)]  # (8, T + 1)
         total = 0.0
         for i, rows in enumerate(batch[part].tensor_split(2)):
@@ -169,7 +169,8 @@ def _demo(rank: int, P: int, options: argparse.Namespace, rendezvous: str) -> No
                     offload=options.offload)
         _train(model, zero, options.steps, text, part)
         with zero.gathered():
-            error = max(error, *((p - q).abs().max().item() for p, q in zip(one.parameters(), model.parameters())))
+            errors = [(p - q).abs().max().item() for p, q in zip(one.parameters(), model.parameters())]
+            error = torch.tensor([error, *errors]).max().item()  # NaN, if there is one; Python's max would lose it
         del zero, model
     say(f"max |stage 0, 1, 2, 3 - one process| = {error:.1e} over all parameters: "
         + ("OK, below 1e-10" if error < 1e-10 else "WRONG, expected below 1e-10"))
@@ -237,11 +238,28 @@ def _plot(found: list[dict], P: int, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(program: str = "zero_memory.py") -> None:
-    """The program, called ``program`` in what it says."""
-    import zero
-    parser = argparse.ArgumentParser(description=zero.__doc__ if program == "zero.py" else __doc__,
-                                     usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _start(options: argparse.Namespace) -> None:
+    started_by_torchrun = "RANK" in os.environ
+    P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
+    if not 1 <= P <= 8 or options.steps < 1 or options.d_model < 64 or options.d_model % 4:
+        raise ValueError("--ranks must be in 1 .. 8, --steps at least 1, --d_model a multiple of 4 and at least 64 "
+                         "(beside less, a token's activations are no trifle), "
+                         f"got {P}, {options.steps} and {options.d_model}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {options.seed}")
+    new_figure(options.plot, 1, 1)  # what cannot be drawn is known before the work
+    if started_by_torchrun:
+        return _demo(int(os.environ["RANK"]), P, options, "env://")
+    from processes import start_ranks
+    with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
+        start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
+
+
+def main(program: str) -> None:
+    """The command line, under the name of the file that was started."""
+    parser = argparse.ArgumentParser(prog=program, usage=argparse.SUPPRESS,
+                                     description=sys.modules["__main__"].__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--ranks", type=int, default=2,
                         help="processes to start, if not under torchrun: 1 to 8 (default %(default)s)")
@@ -251,28 +269,16 @@ def main(program: str = "zero_memory.py") -> None:
                         help="width of the model that is measured, 64 or more (default %(default)s)")
     parser.add_argument("--offload", action="store_true", help="masters, states and gradients in the host's memory")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the bytes (needs matplotlib)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default %(default)s)")
-    options = parser.parse_args()
-    started_by_torchrun = "RANK" in os.environ
-    P = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else options.ranks
-    if not 1 <= P <= 8 or options.steps < 1 or options.d_model < 64 or options.d_model % 4:
-        parser.error("--ranks must be in 1 .. 8, --steps at least 1, --d_model a multiple of 4 and at least 64 (beside "
-                     f"less, a token's activations are no trifle), got {P}, {options.steps} and {options.d_model}")
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed must be in 0 .. 2^32 - 1, got {options.seed}")
+    parser.add_argument("--seed", type=int, default=0, help="of the parameters (default %(default)s)")
     try:
-        new_figure(options.plot, 1, 1)  # what cannot be drawn is known before the work
-    except ValueError as error:
+        _start(parser.parse_args())
+    except KeyboardInterrupt:
+        parser.exit(130)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if started_by_torchrun:
-        return _demo(int(os.environ["RANK"]), P, options, "env://")
-    from processes import start_ranks
-    with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken
-        start_ranks(_demo, (P, options, (Path(folder) / "ranks").as_uri()), P)
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main("zero_memory.py")

@@ -281,6 +281,36 @@ def test_decoding_leaves_linear_alone_for_everyone_else(monkeypatch):
     assert seen == [threading.get_ident()]
 
 
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("P", [1, 2, 3])
+@pytest.mark.parametrize("out, width", [(7, 5), (12, 6), (1, 9), (9, 1), (50, 33)])
+def test_a_row_in_parts_matches_torch(P, out, width, threads):
+    threads(P)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, width, dtype=torch.float64, generator=generator) for n in (1, out))
+    for layout in (weight, weight.t().contiguous().t(), weight.repeat(2, 2)[::2, :width]):
+        expected = torch.nn.functional.linear(x, layout)
+        torch.testing.assert_close(decode.row_in_parts(x, layout), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_generation_on_several_cores_matches_one(columns, threads):
+    # 512 x 512 is the least matrix that is cut
+    model, took = GPT(GPTConfig(1001, 32, 1, 2, 512), generator=torch.Generator().manual_seed(0)).eval(), []
+    if columns:
+        decode.one_row_layout(model)
+    for P in (1, 2):
+        threads(P)
+        took.append(generate(model, [[1, 2, 3]], 8, temperature=0))
+    assert took[0] == took[1]
+    assert not any("forward" in module.__dict__ for module in model.modules())  # as it was
+
+
 def test_one_row_layout_keeps_the_values():
     model, tokens = tiny().float(), torch.randint(11, (1, 8))
     before, state = model(tokens), {name: p.clone() for name, p in model.state_dict().items()}

@@ -275,6 +275,12 @@ def test_tokens_of_the_wrong_shape_are_refused():
         tiny()(torch.tensor([1, 2, 3]))
 
 
+@pytest.mark.parametrize("token", [-1, 60])
+def test_ids_outside_of_the_vocabulary_are_refused(token):
+    with pytest.raises(ValueError, match=r"token ids -?\d+ .. \d+ are not all in the vocabulary, 0 .. \d+"):
+        tiny(vocab_size=60)(torch.tensor([[3, token]]))
+
+
 def test_more_queries_than_keys_are_refused():
     q, k = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 3, 4)
     with pytest.raises(ValueError, match="5 queries cannot be the last of 3 positions"):

@@ -486,6 +486,16 @@ def test_impossible_choices_are_refused(k, router, message):
         choose(torch.zeros(3, 4), k, router)
 
 
+def test_tokens_without_a_batch_are_balanced_as_one_sequence():
+    x = torch.randn(10, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for tokens in (x, x[None]):
+        one = layer(balance=0.5, per_sequence=True).train()
+        one(tokens)
+        losses.append(one.auxiliary_loss.item())
+    assert losses[0] == losses[1]
+
+
 def test_input_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"MoE of width 8 got x of shape \(2, 7\)"):
         layer()(torch.zeros(2, 7))

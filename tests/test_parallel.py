@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import runpy
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 import parallel
 import processes
-from conftest import run_ranks, spawn_ranks
+from conftest import ROOT, run_ranks, spawn_ranks
 from parallel import DataParallel, average_gradients, rank_and_size
 from parallel import ring_all_gather, ring_all_reduce, ring_reduce_scatter
 
@@ -659,7 +660,7 @@ def test_no_process_remains_after_a_time_out(tmp_path):
 def test_demo_refuses_bad_flags_in_one_line(flag, value, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["parallel.py", flag, value])
     with pytest.raises(SystemExit) as stop:
-        parallel.main()
+        runpy.run_path(str(ROOT / "parallel.py"), run_name="__main__")
     message = capsys.readouterr().err
     assert stop.value.code == 2 and len(message.splitlines()) == 1 and flag in message
 
@@ -670,7 +671,7 @@ def test_demo_starts_as_many_ranks_as_asked_whatever_another_launcher_left_in_th
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(processes, "start_ranks", lambda function, arguments, P: started.append(P))
-    parallel.main()
+    runpy.run_path(str(ROOT / "parallel.py"), run_name="__main__")
     assert started == [2]
 
 

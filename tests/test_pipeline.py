@@ -190,6 +190,11 @@ def test_more_stages_than_blocks_are_refused():
         run_ranks(2, lambda rank: pipeline.Pipeline(gpt(5), schedule("interleaved", 2, 2, 3)))
 
 
+def test_costs_of_other_blocks_are_refused():
+    with pytest.raises(ValueError, match="want a cost of each of the 5 blocks, got 2"):
+        run_ranks(2, lambda rank: pipeline.Pipeline(gpt(5), schedule("1f1b", 2, 2), costs=[1, 1]))
+
+
 def test_schedule_for_other_ranks_is_refused():
     with pytest.raises(ValueError, match="a schedule for 3 ranks cannot run on 1"):
         pipeline.Pipeline(gpt(), schedule("1f1b", 3, 2))
@@ -446,6 +451,8 @@ def test_simulation_prints_the_best_layout_first():
     assert seconds == sorted(seconds) and "best of" in lines[-1]
     with pytest.raises(ValueError, match="no layout of 7 GPUs fits"):
         schedules.simulate(7)
+    with pytest.raises(ValueError, match="--ranks must be at least 1, got 0"):
+        schedules.simulate(0)
 
 
 @pytest.mark.parametrize("flags, message", ((["--stages", "0"], "--stages"), (["--schedule", "zbv"], "zbv"), (["--chunks", "2"], "interleaved"),

@@ -161,7 +161,7 @@ def test_rollouts_in_bf16_are_scored_by_the_model_in_bf16(make):
 @pytest.mark.parametrize("prompts, options, message", [
     ([], {}, "needs a prompt"), ([[1]], {"max_new_tokens": 0}, "got 1 prompts, 0"), ([[1]], {"temperature": -1}, "and -1"),
     ([[1], []], {}, "prompt 1 has 0 tokens"), ([[1] * CONTEXT], {}, "prompt 0 has 32 tokens"), ([[1, V]], {}, "ids 1 .. 23"),
-    ([[1]], {"uniforms": torch.rand(2, 4)}, r"uniforms must be \(1, 4\)")])
+    ([[1]], {"uniforms": torch.rand(2, 4)}, r"uniforms must be \(1, 4\)"), ([[1]], {"batch": 0}, "batch must be at least 1, got 0")])
 def test_bad_input_is_refused(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate_rollout(gpt(), prompts, **{"max_new_tokens": 4} | options)
