@@ -11,7 +11,8 @@ bubble   idle time of 4 ranks whose blocks sleep instead of computing, so that c
 scaling  strong (the same batch) and weak (the same batch a process) on 1 and 2 processes
 simulate pipeline_schedules.predict beside steps that ran on 2 processes, given this machine's compute and link
 
-Every round times each in turn, in the same processes; the ratio is that of the medians over the rounds.
+Every round times each in turn, in the same processes, which keep the memory they free as train.py's do; the ratio is that of
+the medians over the rounds.
 """
 
 import argparse
@@ -38,6 +39,7 @@ import pipeline
 import tensor_parallel
 from gpt import GPT, GPTConfig, count_parameters
 from pipeline_schedules import Timed, bubble, bubble_formula, peak_held, schedule
+from processes import keep_freed_memory
 
 PARTS = ("dp", "tp", "pp", "memory", "bubble", "scaling", "simulate")
 
@@ -336,6 +338,7 @@ def bench_scaling(device, rounds):
 
 def main(rank, P, options, part, rendezvous):
     torch.set_num_threads(1)
+    keep_freed_memory()
     device = torch.device(options.device, rank) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
