@@ -151,6 +151,8 @@ Example = tuple[list[int], list[float]]  # tokens, mask: as ``render``
 def fit_example(encoding: tiktoken.Encoding, messages: Sequence[Message], context: int, where: str) -> Example:
     """``render``, cut after ``context`` tokens. ValueError if then no token of an answer is left to learn."""
     tokens, mask = render(encoding, messages)
+    if not any(mask):
+        raise ValueError(f"{where}: no turn of the assistant is there to be learned: add one")
     if not any(mask[:context]):
         raise ValueError(f"{where}: the prompt of {mask.index(1.0)} tokens fills the context of {context}: "
                          "shorten it, or train a model with a larger --context")

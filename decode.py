@@ -222,7 +222,8 @@ class FastLinear(TorchFunctionMode):
 
 def row_in_parts(x: Tensor, weight: Tensor) -> Tensor:
     """x (1, in), weight (out, in) -> x W^T (1, out), as many parts of it at once as torch has threads: a product of one
-    row is left to one core, which cannot read W as fast as memory gives it."""
+    row is left to one core, which cannot read W as fast as memory gives it. Beside other work on all cores each part
+    waits for the slowest; there OMP_NUM_THREADS=1 is faster."""
     P, (out, width) = torch.get_num_threads(), weight.shape
     if weight.is_contiguous():  # each part makes some of the outputs
         n = out // P

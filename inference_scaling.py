@@ -201,8 +201,8 @@ def beam_over_steps(generate: Generate, value: Callable[[list[list[int]]], list[
         value: whole rows -> how good they are (a process reward model at their last token).
         most: tokens of an answer, at most; longer ones stay without an end.
     """
-    if N < 1 or N % width:
-        raise ValueError(f"N beams must be a multiple of width, got {N} and {width}")
+    if min(N, width) < 1 or N % width:
+        raise ValueError(f"N beams must be a multiple of width, at least 1 each, got {N} and {width}")
     beams = [[(list(prompt), 0.0)] * N for prompt in prompts]
     cost, rounds = [0] * len(prompts), 0
     while True:

@@ -109,6 +109,8 @@ def test_examples_are_cut_behind_the_context_and_prompts_that_fill_it_refused(en
     whole = render(encoding, messages)
     assert fit_example(encoding, messages, 64, "x") == whole
     assert fit_example(encoding, messages, 7, "x") == (whole[0][:7], whole[1][:7])
+    with pytest.raises(ValueError, match="x: no turn of the assistant is there"):
+        fit_example(encoding, ask("abc"), 64, "x")
     with pytest.raises(ValueError, match=r"f.jsonl, line 3: the prompt of 6 tokens fills the context of 6"):
         fit_example(encoding, messages, 6, "f.jsonl, line 3")
 

@@ -243,7 +243,7 @@ def test_beam_of_one_is_a_sample_and_stops_at_the_limit():
     assert [group[0] for group in found.candidates] == [[5] * 7] * 3
 
 
-@pytest.mark.parametrize("N, width", [(3, 2), (0, 1)])
+@pytest.mark.parametrize("N, width", [(3, 2), (0, 1), (4, 0), (4, -1)])
 def test_beams_that_cannot_be_shared_out_are_refused(N, width):
     with pytest.raises(ValueError, match="multiple of width"):
         beam_over_steps(None, None, PROMPTS, N, width, [SEP], END, 7, 0)
