@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a target that no loss counts; cross_entropy's own default
+IGNORE = -100  # a target that no loss counts; cross_entropy's own default
 
 
 class ShardError(ValueError):
@@ -380,12 +380,12 @@ class PackedContexts:
         return int(self._order[place])
 
     def batch(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Examples start to start + count - 1: inputs, targets (IGNORED where empty), and document ids (0, 1, ... in
+        """Examples start to start + count - 1: inputs, targets (IGNORE where empty), and document ids (0, 1, ... in
         each row, -1 where empty), each (count, T) int64. ValueError for a start below 0 or a count below 1."""
         if start < 0 or count < 1:
             raise ValueError(f"start must be at least 0 and count at least 1, got {start} and {count}")
         inputs, targets, ids = np.empty((3, count, self.context), dtype=np.int64)  # (count, T) each
-        inputs[:], targets[:], ids[:] = self.eot, IGNORED, -1
+        inputs[:], targets[:], ids[:] = self.eot, IGNORE, -1
         for i in range(count):
             row, place = self._context_of(start + i), 0
             for k, (_, d, first, n) in enumerate(self.plan[self._bounds[row]:self._bounds[row + 1]].tolist()):
@@ -474,7 +474,7 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
         contexts, counted, most = PackedContexts(train, plans["best_fit"], context, eot, seed), 0, np.empty(0)
         for j in range(len(contexts)):  # one at a time: the tokens may be more than memory holds
             _, targets, ids = (x[0].numpy() for x in contexts.batch(j, 1))  # (T,) each
-            counted = counted + np.bincount(targets[targets != IGNORED], minlength=eot + 1)
+            counted = counted + np.bincount(targets[targets != IGNORE], minlength=eot + 1)
             sizes = np.bincount(ids[ids >= 0])  # tokens of each document in this context
             most = max(most, sizes, key=len)
         once = np.array_equal(counted, sum(np.bincount(document, minlength=eot + 1) for document in train))

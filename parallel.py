@@ -9,7 +9,7 @@ Shapes    n numbers -> P chunks of C = ceil(n/P); buckets are flat
 Omits     trees (log P rounds, better for short messages), sparse gradients, buffers kept in step after the
           start (batch norm), compression.
 Run       python parallel.py                          2 processes on the CPU, 10 s
-          torchrun --nproc_per_node 2 parallel.py     the same on processes that torchrun starts
+          torchrun --nproc_per_node=2 parallel.py     the same on processes that torchrun starts
           python parallel.py --communication          what data, tensor, pipeline ... parallelism send
           Ends with "max |DP - one process| = ..."
 Test      pytest tests/test_parallel.py

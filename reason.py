@@ -31,7 +31,7 @@ Omits     other tasks than chains, which is all that this model learns in minute
 Run       python reason.py                      all of it from random weights: minutes
           python reason.py --plot growth.png    length and accuracy under RL as a picture (needs matplotlib)
           python reason.py --out thinker.pt     keeps the model, for inference_scaling.py
-          torchrun --nproc_per_node 2 reason.py    batches and samples shared out over processes
+          torchrun --nproc_per_node=2 reason.py    batches and samples shared out over processes
 Test      pytest tests/test_reason.py
 """
 

@@ -11,7 +11,7 @@ Shapes    q (B, H, T/P, Dh), k and v (B, Hkv, T/P, Dh) on each rank -> (B, H, T/
           a rank sends (P-1) 2 B Hkv T/P Dh numbers forward, about twice that backward
 Omits     attention between texts of different length (q and k of one sequence here), windows, dropout of attention.
 Run       python ring_attention.py                                    2 processes on the CPU, 10 s
-          torchrun --nproc_per_node 2 ring_attention.py --length 512    the same on processes that torchrun starts
+          torchrun --nproc_per_node=2 ring_attention.py --length 512    the same on processes that torchrun starts
           Ends with "max |ring - one process| = ..."
 Test      pytest tests/test_ring_attention.py
 """

@@ -12,7 +12,7 @@ Shapes    column: x (..., n_in) -> (..., n_out/P);  row: x (..., n_in/P) -> (...
 Omits     overlap of the forward sums with computation; weights that are drawn in slices (the model is built whole, so
           that its weights are those of one process, then cut); caches under sequence parallelism; encoder-decoders.
 Run       python tensor_parallel.py                                    2 processes on the CPU, 10 s
-          torchrun --nproc_per_node 2 tensor_parallel.py --sequence    with the norms' work divided too
+          torchrun --nproc_per_node=2 tensor_parallel.py --sequence    with the norms' work divided too
           Ends with "max |TP - one process| = ..."
 Test      pytest tests/test_tensor_parallel.py
 """

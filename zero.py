@@ -16,7 +16,7 @@ Omits     optimizers that look at a whole matrix (Adafactor, Muon, LAMB: a rank 
           (ZeRO-Infinity); quantised messages (ZeRO++); a stream of its own for the offload's copies.
 Run       python zero.py                                2 processes: every stage's bytes and equality, half a minute
           python zero.py --offload --plot zero.png      optimizer in the host's memory (ZeRO-Offload); bars
-          torchrun --nproc_per_node 2 zero.py           the same on processes that torchrun starts
+          torchrun --nproc_per_node=2 zero.py           the same on processes that torchrun starts
           Ends with "max |bytes measured / formula - 1| = ..."
 Test      pytest tests/test_zero.py
 """

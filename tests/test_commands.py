@@ -40,13 +40,13 @@ COMMANDS = {
     "python decode.py --checkpoint out/pretrain --chat": (
         "python decode.py --checkpoint {tmp}/run --chat --max_new_tokens 3", ""),
     "python parallel.py": ("python parallel.py --steps 3 --d_model 16 --batch 6", r"max \|DP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
-    "torchrun --nproc_per_node 2 parallel.py": ("torchrun --nproc_per_node 2 parallel.py --steps 2 --d_model 16 --batch 6",
+    "torchrun --nproc_per_node=2 parallel.py": ("torchrun --nproc_per_node=2 parallel.py --steps 2 --d_model 16 --batch 6",
                                                  r"max \|DP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
     "python parallel.py --communication": (None, r"max \|counted / formula - 1\| = 0\.00\d+: OK"),
     "python communication.py --ranks 4": ("python communication.py --ranks 2", r"max \|counted / formula - 1\| = 0\.00\d+: OK"),
     "python tensor_parallel.py": ("python tensor_parallel.py --steps 2", r"max \|TP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
-    "torchrun --nproc_per_node 2 tensor_parallel.py --sequence": (
-        "torchrun --nproc_per_node 2 tensor_parallel.py --sequence --steps 2", "OK, below 1e-10"),
+    "torchrun --nproc_per_node=2 tensor_parallel.py --sequence": (
+        "torchrun --nproc_per_node=2 tensor_parallel.py --sequence --steps 2", "OK, below 1e-10"),
     "python pipeline.py": (None, r"max \|pipeline - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
     "python pipeline.py --schedule zb --stages 4 --microbatches 8": (
         "python pipeline.py --schedule zb --stages 2 --microbatches 3", "OK, below 1e-10"),
@@ -54,8 +54,8 @@ COMMANDS = {
     "python pipeline_schedules.py": (None, r"max \|bubble - formula\| = .*: OK"),
     "python pipeline_schedules.py --simulate --ranks 4096": (None, r"best of \d+ layouts of 4096 GPUs"),
     "python ring_attention.py": ("python ring_attention.py --length 64", r"max \|ring - one process\| = \d\.\de-1\d .*OK"),
-    "torchrun --nproc_per_node 2 ring_attention.py --length 512": (
-        "torchrun --nproc_per_node 2 ring_attention.py --length 32", "OK, below 1e-12"),
+    "torchrun --nproc_per_node=2 ring_attention.py --length 512": (
+        "torchrun --nproc_per_node=2 ring_attention.py --length 32", "OK, below 1e-12"),
     "python models.py": (None, r"max \|counted - made\| = 0 parameters"),
     "python corpus.py": (f"python corpus.py --data {TEXT} --vocab_size 280", "decoded tokens = held-out text: True"),
     "python corpus.py --data 'my/*.txt' --vocab_size 8192": (
@@ -133,7 +133,7 @@ COMMANDS = {
     "python reason.py": (THINKER, "points gained: chain of thought over direct"),
     "python reason.py --plot growth.png": (THINKER, "points gained: chain of thought over direct"),
     "python reason.py --out thinker.pt": (THINKER, "points gained: chain of thought over direct"),
-    "torchrun --nproc_per_node 2 reason.py": (f"torchrun --nproc_per_node 2 reason.py {THINK}", "points gained: chain of thought over direct"),
+    "torchrun --nproc_per_node=2 reason.py": (f"torchrun --nproc_per_node=2 reason.py {THINK}", "points gained: chain of thought over direct"),
     "python inference_scaling.py": (
         "python inference_scaling.py --checkpoint {tmp}/thinker.pt --problems 1 --samples 2 --steps 1", r"points gained by a majority of \d+ over one sample"),
     "python inference_scaling.py --checkpoint thinker.pt": (
@@ -189,8 +189,8 @@ COMMANDS = {
     "python zero.py": ("python zero.py --steps 2 --d_model 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
     "python zero.py --offload --plot zero.png": (
         "python zero.py --steps 2 --d_model 64 --offload --plot {tmp}/zero.png", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
-    "torchrun --nproc_per_node 2 zero.py": (
-        "torchrun --nproc_per_node 2 zero.py --steps 2 --d_model 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
+    "torchrun --nproc_per_node=2 zero.py": (
+        "torchrun --nproc_per_node=2 zero.py --steps 2 --d_model 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
     "python zero_memory.py --ranks 4": (
         "python zero_memory.py --ranks 2 --steps 2 --d_model 64", r"max \|bytes measured / formula - 1\| = 0\.0\d+: OK"),
     "python flattening.py": (None, "every number has one owner: OK"),

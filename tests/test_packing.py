@@ -20,7 +20,7 @@ import packing
 import recompute
 from gpt import GPT, GPTConfig, attention, naive_attention
 from llama import Llama, LlamaConfig
-from packing import (IGNORED, PackedContexts, PackedRows, ShardError, ShardWriter, block_diagonal_mask,
+from packing import (IGNORE, PackedContexts, PackedRows, ShardError, ShardWriter, block_diagonal_mask,
                      document_hash, open_shard, pack_best_fit, pack_best_fit_naive, pack_crossing, pack_in_order,
                      pack_padded, torn, waste, write_shard, write_split)
 
@@ -263,8 +263,8 @@ def test_batches_give_every_token_as_a_target_after_its_predecessor(way):
     for j in range(len(contexts)):
         inputs, targets, ids = contexts.batch(j, 1)
         assert inputs.shape == targets.shape == ids.shape == (1, 16)
-        assert ((targets == IGNORED) == (ids == -1)).all()
-        pairs += [(i, t) for i, t in zip(inputs.flatten().tolist(), targets.flatten().tolist()) if t != IGNORED]
+        assert ((targets == IGNORE) == (ids == -1)).all()
+        pairs += [(i, t) for i, t in zip(inputs.flatten().tolist(), targets.flatten().tolist()) if t != IGNORE]
     expected = [(int(a), int(b)) for d in documents for a, b in zip([299, *d[:-1]], d)]
     assert sorted(pairs) == sorted(expected)
 
@@ -308,14 +308,14 @@ def test_packed_losses_and_gradients_match_documents_alone(way, name):
     inputs, targets, ids = contexts.batch(0, len(contexts))
     assert ids.max() >= 1 and (ids == -1).any()
     logits = model(inputs, PackedRows(ids))  # (B, T, V)
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     expected = 0.0
     for document in documents:
         row = torch.from_numpy(document)[None]
         found = model(torch.cat((torch.tensor([[12]]), row[:, :-1]), 1))
         expected = expected + F.cross_entropy(found[0], row[0], reduction="sum")
     torch.testing.assert_close(total, expected, atol=0, rtol=tolerance)
-    leaking = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    leaking = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     assert abs(leaking - expected) > 1e-4  # the check can tell
     for ours, theirs in zip(torch.autograd.grad(total, list(model.parameters())),
                             torch.autograd.grad(expected, list(model.parameters()))):
