@@ -415,9 +415,6 @@ def main(arguments: list[str]) -> int:
     try:
         import processes
         import run_folder
-    except ImportError as error:
-        return refused(f"{error}: copy that file beside this one")
-    try:
         config = _parse(arguments)
         run_stages(config, processes.join(config.device, config.timeout))
     except (ValueError, OSError) as error:
@@ -428,8 +425,8 @@ def main(arguments: list[str]) -> int:
         return 128 + signal.SIGINT
     finally:
         import torch.distributed as dist
-        run_folder.unlock()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # the neighbours may not be here
+            run_folder.unlock()
             if dist.is_initialized():
                 dist.destroy_process_group()
     return 0
