@@ -399,7 +399,7 @@ def main(data: str | None, context: int, vocab_size: int, seed: int) -> None:
                 worst = max((packed[ids == k] - model(torch.tensor([examples[j][0]]))[0]).abs().max().item()
                             for k, j in enumerate(batch))
     print(f"{min(32, len(examples)) * (i + 1):,} examples in {rows:,} rows: {empty / places:.1%} of the places are "
-          "empty" + (" (expected below 10 %)" if data is None else ""))
+          "empty" + (" (expected below 10%)" if data is None else ""))
     print(f"packed = alone: {worst < 1e-5} (max |difference of logits| = {worst:.1e}, expected below 1e-5)")
 
 

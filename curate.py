@@ -1,5 +1,6 @@
 """Curation: a crawl in, clean documents out, each once.   C4 (Raffel et al. 2020); Gopher (Rae et al. 2021); GPT-3
-(Brown et al. 2020), appendix A; the parts are in data.py (reading), quality.py and deduplication.py.
+(Brown et al. 2020), appendix A; the parts are in data.py (reading), quality.py, quality_classifier.py and
+deduplication.py.
 
 Idea      Passes over files, each file by one rank. What must be compared over the whole crawl (documents, bands of
           their signatures, lines) is compared by hashes, which are cut in buckets by their value: a bucket fits in
@@ -189,10 +190,12 @@ class Curation:
         import data
         import deduplication
         import quality
+        import quality_classifier
         import tokenizer as tokenizers
 
         self.files, self.out, self.work, self.trusted = files, Path(out), Path(out) / ".work", trusted
         self.data, self.dedup, self.quality, self.threshold = data, deduplication, quality, threshold
+        self.quality_classifier = quality_classifier
         self.bad_words = quality.BadWords.from_file(bad_words) if bad_words else None
         self.held_out = deduplication.HeldOut(data.read_documents(decontaminate)) if decontaminate else None
         self.tokenizer, self.n_tokens, self.hasher = tokenizer, estimated_tokens, deduplication.MinHash()
@@ -293,8 +296,8 @@ class Curation:
         good, raw = (heapq.nsmallest(SAMPLE, texts, _number) for texts in (self.data.read_documents(self.trusted), raw))
         if not raw:
             raise ValueError("no document of the crawl is left to fit the classifier: give more, or no --trusted")
-        auc = self.quality.held_out_auc(good, raw)
-        self.quality.QualityClassifier().fit(good, raw).save(self.work / "classifier.npz")
+        auc = self.quality_classifier.held_out_auc(good, raw)
+        self.quality_classifier.QualityClassifier().fit(good, raw).save(self.work / "classifier.npz")
         with whole_file(self.work / "classifier.json") as file:
             file.write(json.dumps({"auc": auc}).encode())
 
@@ -311,7 +314,8 @@ class Curation:
         """Of file i: the documents that stand nowhere earlier and are good enough, and the hashes of their units."""
         tally, n_units = Tally(self.files[i], self.n_tokens), 0
         copied, near = self.dropped("copied", i), self.dropped("near", i)
-        classifier = self.quality.QualityClassifier.load(self.work / "classifier.npz") if self.trusted else None
+        load = self.quality_classifier.QualityClassifier.load
+        classifier = load(self.work / "classifier.npz") if self.trusted else None
         with json_lines(self.path("unique", i, ".jsonl.gz"), 1) as write, hash_table(self.path("units", i)) as table:
             for number, record in enumerate(read_json_lines(self.path("clean", i, ".jsonl.gz"))):
                 text = record["text"]

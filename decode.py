@@ -1,16 +1,15 @@
-"""Decoding: from a language model's distributions to text.   Leviathan et al. 2023 (speculative, 2211.17192)
+"""Decoding: from a language model's distributions to text.   Holtzman et al. 2020 (top-p, 1904.09751)
 
 Idea      A language model gives p(next token | tokens so far). Decoding turns that into a sequence: draw it
-          token by token (sampling), take the likeliest token (greedy), look for the likeliest sequence (beam
-          search), or let a small model guess ahead and the large one check many guesses in one pass.
+          token by token (sampling), take the likeliest token (greedy), or look for the likeliest sequence (beam
+          search).
 Formula   log p(x_1 ... x_T) = sum_{t >= 2} log p(x_t | x_<t)
           sampling     x_t ~ softmax(filter(logits / temperature))      temperature 0: x_t = argmax logits
           beam search  argmax of log p(continuation) / length^length_penalty, over the best few prefixes
-          speculative  keep the guess x ~ q with probability min(1, p(x) / q(x)), else draw from
-                       max(0, p - q) / sum max(0, p - q):  the result is distributed as p, whatever q is
 Shapes    tokens (B, T) -> logits (B, V) of the last position -> next tokens (B,)
-Omits     tree-shaped drafts, typical and contrastive sampling, constrained grammars, continuous batching.
-Run       python decode.py               two tiny models are trained, then decoded: 12 s on one core;
+Omits     a draft that guesses ahead (speculative.py has it), typical and contrastive sampling, constrained
+          grammars, continuous batching.
+Run       python decode.py               a tiny model is trained, then decoded: 10 s on one core;
                                          ends with "greedy cached = uncached: True; ..."
           python decode.py --checkpoint out/pretrain --prompt "The function"    or --prompt -, or --chat
 Test      pytest tests/test_decode.py
@@ -23,10 +22,9 @@ import functools
 import math
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -203,12 +201,12 @@ class FastLinear(TorchFunctionMode):
         return (self.linear if function is F.linear else function)(*args, **(kwargs or {}))
 
     @staticmethod
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, row: Callable | None = None) -> Tensor:
+        """``row``: the ``row_product`` of this weight and bias, where it is had already."""
         rows = input.shape[:-1].numel()
-        # Below 1 MB another core brings less than it costs to wake it.
-        if weight.dtype == torch.float32 and rows == 1 and weight.numel() >= 2**18 and torch.get_num_threads() > 1:
-            y = row_in_parts(input.reshape(1, -1), weight).view(*input.shape[:-1], -1)
-            return y if bias is None else y + bias
+        if rows == 1:
+            row = row or row_product(weight, bias)
+            return row(input.reshape(1, -1)).view(*input.shape[:-1], -1)
         if weight.dtype == torch.float32 and 1 < rows <= 8 and weight.is_contiguous():
             x = input.reshape(rows, -1).t()  # (in, rows): W x^T takes down to a third of x W^T's time on two cores
             y = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (out, rows)
@@ -220,20 +218,38 @@ class FastLinear(TorchFunctionMode):
         return F.linear(input, weight, bias)
 
 
-def row_in_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, in), weight (out, in) -> x W^T (1, out), as many parts of it at once as torch has threads: a product of one
-    row is left to one core, which cannot read W as fast as memory gives it. Beside other work on all cores each part
-    waits for the slowest; there OMP_NUM_THREADS=1 is faster."""
+def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """The fastest function from one row x (1, in) to x W^T + b (1, out), for weight (out, in)."""
+    # Below 1 MB another core brings less than it costs to wake it.
+    is_cut = weight.dtype == torch.float32 and weight.numel() >= 2**18 and torch.get_num_threads() > 1
+    return row_in_parts(weight, bias) if is_cut else lambda x: F.linear(x, weight, bias)
+
+
+def row_in_parts(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """``row_product`` in as many parts at once as torch has threads: a product of one row is left to one core, which
+    cannot read W as fast as memory gives it. Beside other work on all cores each part waits for the slowest; there
+    OMP_NUM_THREADS=1 is faster."""
     P, (out, width) = torch.get_num_threads(), weight.shape
     if weight.is_contiguous():  # each part makes some of the outputs
         n = out // P
-        y = torch.bmm(x.expand(P, 1, width), weight[:P * n].view(P, n, width).mT).view(1, -1)  # (1, P n)
-        return y if P * n == out else torch.cat((y, F.linear(x, weight[P * n:])), 1)
-    if weight.mT.is_contiguous():  # each takes some of the inputs
+        parts, rest = weight[:P * n].view(P, n, width).mT, weight[P * n:]  # (P, in, n)
+
+        def product(x: Tensor) -> Tensor:
+            y = torch.bmm(x.expand(P, 1, width), parts).view(1, P * n)
+            y = y if P * n == out else torch.cat((y, F.linear(x, rest)), 1)  # (1, out)
+            return y if bias is None else y + bias
+    elif weight.mT.is_contiguous():  # each takes some of the inputs
         n, columns = width // P, weight.mT
-        y = torch.bmm(x[:, :P * n].view(P, 1, n), columns[:P * n].view(P, n, out)).sum(0)  # (P, 1, out) -> (1, out)
-        return y if P * n == width else y + x[:, P * n:] @ columns[P * n:]
-    return F.linear(x, weight)
+        parts, rest = columns[:P * n].view(P, n, out), columns[P * n:]
+
+        def product(x: Tensor) -> Tensor:
+            terms = torch.bmm(x[:, :P * n].view(P, 1, n), parts).unbind()  # P of (1, out)
+            y = functools.reduce(torch.add, terms if bias is None else (bias, *terms))
+            return y if P * n == width else y + x[:, P * n:] @ rest
+    else:
+        def product(x: Tensor) -> Tensor:
+            return F.linear(x, weight, bias)
+    return product
 
 
 @contextlib.contextmanager
@@ -241,13 +257,19 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
     """Inside, the linear layers of a model on a CPU multiply by ``FastLinear.linear``. Under FastLinear itself every
     function of torch is looked at, which takes longer than it saves where all products are of one row."""
     layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
+    experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's
     for m in layers:
-        m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias)
+        row = row_product(m.weight, m.bias)
+        m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias, row=row)
+    for m in experts:
+        m.linear = FastLinear.linear
     try:
         yield
     finally:
         for m in layers:
             m.__dict__.pop("forward", None)  # another thread, with the same model, may have been here
+        for m in experts:
+            m.linear = F.linear
 
 
 def one_row_layout(model: nn.Module) -> None:
@@ -398,66 +420,7 @@ def beam_search(model: nn.Module, prompt: Sequence[int], beams: int, max_new_tok
     return finished[:n_best]
 
 
-# --- 7. speculative decoding -----------------------------------------------------------------
-
-class Speculation(NamedTuple):  # accepted / drafted is the acceptance rate
-    tokens: list[int]
-    drafted: int
-    accepted: int
-    target_calls: int
-
-
-@torch.inference_mode()
-def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_new_tokens: int, *,
-                draft_tokens: int = 4, stop_tokens: Iterable[int] = (),
-                generator: torch.Generator | None = None, **sampling) -> Speculation:
-    """Tokens distributed as ``generate(model, ...)``'s, in fewer calls of the model.
-
-    Leviathan et al. 2023, algorithm 1; Chen et al. 2023 (2302.01318), algorithm 2. The draft guesses
-    ``draft_tokens`` tokens (0: none) one by one, the model checks them in one pass. Temperature 0 is greedy.
-    Raises ValueError as ``generate``, or if the two vocabularies differ in size.
-    """
-    sizes = [m.config.vocab_size for m in (model, draft)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"model and draft must share a vocabulary, got {sizes[0]} tokens and {sizes[1]}")
-    sampling, stop_tokens = Sampling(**sampling), set(stop_tokens)
-    ((prompt,), (limit,)), device = checked(model, [prompt], max_new_tokens), next(model.parameters()).device
-    new, drafted, accepted, calls = [], 0, 0, 0
-    with evaluating(model), evaluating(draft):
-        caches = [m.new_cache(1, len(prompt) + limit) for m in (model, draft)]
-
-        def missing(cache, text: list[int]) -> Tensor:  # what a cache, which holds a prefix of the text, lacks
-            return torch.tensor([text[cache.length:]], device=device)  # (1, T)
-
-        while len(new) < limit and stop_tokens.isdisjoint(new[-1:]):
-            guess, q = prompt + new, []
-            known = len(guess)
-            # The model's own token ends the round, so guess at most one less than may come.
-            for _ in range(min(draft_tokens, limit - len(new) - 1, draft.config.context - known)):
-                logits = next_logits(draft, missing(caches[1], guess), caches[1])[:, 0]  # (1, V)
-                q.append(sampling.probabilities(logits, [guess])[0])  # (V,)
-                guess.append(int(torch.multinomial(q[-1], 1, generator=generator)))
-                if guess[-1] in stop_tokens:
-                    break
-            logits = next_logits(model, missing(caches[0], guess), caches[0], len(q) + 1)[0]  # (guesses + 1, V)
-            p = sampling.probabilities(logits, [guess[:known + i] for i in range(len(q) + 1)])
-            drafted, calls = drafted + len(q), calls + 1
-            last = p[-1]  # if every guess is accepted, one more token comes for nothing
-            for p_i, q_i, token in zip(p, q, guess[known:]):
-                if torch.rand((), generator=generator, device=device) * q_i[token] >= p_i[token]:
-                    last = (p_i - q_i).clamp(min=0)
-                    last = last if last.sum() > 0 else p_i  # p = q up to rounding
-                    break
-                accepted += 1
-                new.append(token)
-            if stop_tokens.isdisjoint(new[-1:]):
-                new.append(int(torch.multinomial(last, 1, generator=generator)))
-            for cache in caches:
-                cache.truncate(len(prompt) + len(new) - 1)
-    return Speculation(new, drafted, accepted, calls)
-
-
-# --- 8. program and demo ---------------------------------------------------------------------
+# --- 7. program and demo ---------------------------------------------------------------------
 
 def load_model(directory: str | Path, device: str = "cpu"):
     """(model, encoding) of a training run's directory, one of its checkpoints, or a Hugging Face directory.
@@ -546,36 +509,32 @@ def _take_turns(model: nn.Module, encoding, max_new_tokens: int, newest: int, ge
 
 
 def demo(max_new_tokens: int, seed: int, device: str) -> None:
-    """A small and a tiny GPT learn the beginning of a page of documentation by heart; then all methods decode."""
+    """A small GPT learns the beginning of a page of documentation by heart; then all methods decode."""
     from gpt import GPT, GPTConfig, next_token_loss
     from pydoc_data.topics import topics
 
     text, cpu = torch.tensor(list(topics["assert"].encode())[:500]), torch.Generator().manual_seed(seed)
-    models, prompt, n = [], list(b"The simple form"), min(max_new_tokens, 64)
-    for n_layers, d_model in ((2, 128), (1, 48)):
-        model, losses = GPT(GPTConfig(256, 80, n_layers, 4, d_model), generator=cpu).to(device), []
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
-        for step in range(220):
-            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 30, (220 - step) / 110)
-            batch = text[torch.randint(len(text) - 80, (4, 1), generator=cpu) + torch.arange(81)].to(device)
-            losses.append(next_token_loss(model(batch[:, :-1]), batch[:, 1:]))
-            optimizer.zero_grad()
-            losses[-1].backward()
-            optimizer.step()
-        print(f"{n_layers} layers, width {d_model}: loss {losses[0]:.2f} (expected ln 256 = 5.55) -> {losses[-1]:.2f}")
-        # In float64 two ways of computing a logit do not disagree on ties; an mps device has none.
-        models.append(model if device == "mps" else model.double())
+    model, losses = GPT(GPTConfig(256, 80, 2, 4, 128), generator=cpu).to(device), []
+    prompt, n = list(b"The simple form"), min(max_new_tokens, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    for step in range(220):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 30, (220 - step) / 110)
+        batch = text[torch.randint(len(text) - 80, (4, 1), generator=cpu) + torch.arange(81)].to(device)
+        losses.append(next_token_loss(model(batch[:, :-1]), batch[:, 1:]))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    print(f"2 layers, width 128: loss {losses[0]:.2f} (expected ln 256 = 5.55) -> {losses[-1]:.2f}")
+    # In float64 two ways of computing a logit do not disagree on ties; an mps device has none.
+    model = model if device == "mps" else model.double()
 
-    (naive, _), (greedy, _) = (f(models[0], [prompt, list(b"A")], n, temperature=0) for f in (naive_generate, generate))
-    (beam, _), = beam_search(models[0], prompt, 8, n, length_penalty=0)
-    log_p = [score(models[0], torch.tensor([prompt + tokens], device=device)).item() for tokens in (greedy, beam)]
+    (naive, _), (greedy, _) = (f(model, [prompt, list(b"A")], n, temperature=0) for f in (naive_generate, generate))
+    (beam, _), = beam_search(model, prompt, 8, n, length_penalty=0)
+    log_p = [score(model, torch.tensor([prompt + tokens], device=device)).item() for tokens in (greedy, beam)]
     for name, value, tokens in zip(("greedy", "beam 8"), log_p, (greedy, beam)):
         print(f"{name}  log p {value:7.2f} nats   {bytes(prompt + tokens).decode(errors='replace')!r}")
-    guessed = speculative(*models, prompt, n, temperature=0)
-    print(f"speculative: {guessed.accepted} of {guessed.drafted} guesses accepted, {len(guessed.tokens)} tokens in "
-          f"{guessed.target_calls} calls of the model")
-    print(f"greedy cached = uncached: {greedy == naive}; beam >= greedy: {log_p[1] >= log_p[0] - 1e-9}; "
-          f"speculative = greedy: {guessed.tokens == greedy} (expected True each)")
+    print(f"greedy cached = uncached: {greedy == naive}; beam >= greedy: {log_p[1] >= log_p[0] - 1e-9} (expected True "
+          "each)")
 
 
 def main(checkpoint: str | None, prompt: str | None, chat: bool, temperature: float, top_p: float, **options) -> None:

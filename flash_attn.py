@@ -8,11 +8,11 @@ Formula   online:    m' = max(m, max_j s_j);   a = e^(m - m');   p_j = e^(s_j - 
                      l' = a l + sum_j p_j;     o' = a o + sum_j p_j v_j     for one tile of keys after another
           then       out = o / l,   lse = m + log l  (log-sum-exp),   p_j = e^(s_j - lse)
           backward:  dv_j = sum_i p_ij do_i;  ds_ij = p_ij (do_i . v_j - do_i . out_i);  dq_i = sum_j ds_ij k_j
-          traffic:   naive Theta(T Dh + T^2), tiled Theta(T^2 Dh^2 / M) numbers, M the size of the fast memory
 Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), Hkv | H -> out (B, H, T, Dh), lse (B, H, T). The queries are
           the LAST T of the S positions.
 Also      torch's own fused kernels, if attention_kernels.py is in the same folder, and through it the CUDA kernel
-          of flash_attn_cuda.py. Without it this file computes everything itself, in tiles.
+          of flash_attn_cuda.py. Without it this file computes everything itself, in tiles. attention_traffic.py
+          counts what the tiles save, and is the demo.
 Omits     sequences of different lengths in one flat tensor (give `ids`), block-sparse patterns, fp8.
 Run       python flash_attn.py                         memory and time against length, half a minute
           python flash_attn.py --plot attention.png    the same as a picture
@@ -22,18 +22,13 @@ Test      pytest tests/test_flash_attn.py
 
 from __future__ import annotations
 
-import argparse
 import functools
-import itertools
 import math
-import os
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -156,14 +151,6 @@ class _Tile:
     h: slice
     rows: range
 
-    def queries(self, x: Tensor) -> Tensor:
-        """(B, Hkv, G, T, ...) -> (b, h, G, rows, ...), a view."""
-        return x[self.b, self.h, :, self.rows.start:self.rows.stop]
-
-    def keys(self, x: Tensor, columns: range) -> Tensor:
-        """(B, Hkv, S, Dh) -> (n, columns, Dh), n = b h; a view where strides allow."""
-        return x[self.b, self.h, columns.start:columns.stop].flatten(0, 1)
-
 
 class _Tiling:
     """How one attention is cut, and the logits of each tile; the same in forward and backward."""
@@ -201,6 +188,23 @@ class _Tiling:
             for c in range(start, stop, self.Bc):
                 yield range(c, min(c + self.Bc, stop))
 
+    def queries(self, x: Tensor, at: _Tile) -> Tensor:
+        """(B, H, T, ...) -> (b, h, G, rows, ...), a view."""
+        return x.unflatten(1, self.shape[2:4])[at.b, at.h, :, at.rows.start:at.rows.stop]
+
+    def query_rows(self, x: Tensor, at: _Tile) -> Tensor:
+        """(B, H, T, ...) -> (n, G rows, ...), n = b h."""
+        return self.queries(x, at).flatten(2, 3).flatten(0, 1)
+
+    def scaled_queries(self, q: Tensor, at: _Tile) -> Tensor:
+        """(B, H, T, Dh) -> (n, G rows, Dh), scaled if products are as fine as sums."""
+        q = self.query_rows(q, at)
+        return q.to(self.products) * self.scale if self.products == self.dtype else q
+
+    def keys(self, x: Tensor, at: _Tile, columns: range) -> Tensor:
+        """(B, Hkv, S, Dh) -> (n, columns, Dh) in the type of products."""
+        return x[at.b, at.h, columns.start:columns.stop].flatten(0, 1).to(self.products)
+
     def logits(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: Tensor
                ) -> tuple[Tensor | None, Tensor | None]:
         """q (n, G rows, Dh), k (n, columns, Dh) -> logits (n, G rows, columns) in ``space``, None if nobody sees
@@ -211,15 +215,13 @@ class _Tiling:
             mask = mask[at.b]
             if not mask.any():  # another document
                 return None, None
-        n, R, C = q.size(0), q.size(1), k.size(1)
-        if self.products == self.dtype:
-            s = torch.bmm(q, k.mT, out=space[:n * R * C].view(n, R, C))
-        else:
-            s = torch.bmm(q, k.mT).to(self.dtype).mul_(self.scale)
+        s = _product(q, k.mT, space)
+        if self.products != self.dtype:  # else q was scaled
+            s.mul_(self.scale)
         if o.soft_cap:
             bent = torch.tanh(s / o.soft_cap)
             s, slope = bent * o.soft_cap, 1 - bent.square()
-        full = s.view(-1, at.h.stop - at.h.start, G, len(at.rows), C)  # (b, h, G, rows, columns)
+        full = s.view(-1, at.h.stop - at.h.start, G, len(at.rows), len(columns))  # (b, h, G, rows, columns)
         if o.bias is not None:
             full += self.bias_of(o.bias, at, columns)
         if mask is not None:
@@ -231,11 +233,6 @@ class _Tiling:
         bias = bias.unflatten(1, self.shape[2:4]) if bias.size(1) > 1 else bias[:, :, None]  # (B, Hkv, G, T, S)
         places = (at.b, at.h, slice(None), slice(at.rows.start, at.rows.stop), slice(columns.start, columns.stop))
         return bias[tuple(slice(None) if size == 1 else place for size, place in zip(bias.shape, places))]
-
-    def query_tile(self, q: Tensor, at: _Tile) -> Tensor:
-        """(B, Hkv, G, T, Dh) -> (n, G rows, Dh), scaled if products are as fine as sums."""
-        q = at.queries(q).flatten(2, 3).flatten(0, 1)
-        return q.to(self.products) * self.scale if self.products == self.dtype else q
 
     def dropout(self, at: _Tile, columns: range) -> Tensor:
         B, H, Hkv, G, T, S = self.shape
@@ -253,11 +250,11 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
                   traffic: list[int] | None = None) -> tuple[Tensor, Tensor]:
     """out, lse; ``tile`` (query rows, key rows); ``traffic`` receives the bytes of every tile read or written."""
     cut = _Tiling(q, k, options, tile)
-    B, H, Hkv, G, T, S = cut.shape
+    B, H, *_, T, S = cut.shape
     out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=cut.dtype)
     space, traffic = None, [] if traffic is None else traffic
     for at in cut.tiles():
-        q_i = cut.query_tile(q.unflatten(1, (Hkv, G)), at)  # (n, G rows, Dh)
+        q_i = cut.scaled_queries(q, at)  # (n, G rows, Dh)
         n, R, Dh = q_i.shape
         space = q.new_empty(n * R * min(cut.Bc, S), dtype=cut.dtype) if space is None else space
         o = q.new_zeros(n, R, Dh, dtype=cut.dtype)
@@ -265,7 +262,7 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
         # Not -inf: a row that sees nothing must not compute inf - inf.
         m = torch.full_like(l, torch.finfo(cut.dtype).min)
         for columns in cut.columns(at.rows):
-            k_j, v_j = (at.keys(x, columns).to(cut.products) for x in (k, v))  # (n, columns, Dh)
+            k_j, v_j = (cut.keys(x, at, columns) for x in (k, v))  # (n, columns, Dh)
             s, _ = cut.logits(q_i, k_j, at, columns, space)  # (n, G rows, columns)
             if s is None:
                 continue
@@ -279,10 +276,10 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
             _add_product(o.mul_(shrink), p, v_j)
             m = larger
         nothing = l == 0
-        target = at.queries(out.unflatten(1, (Hkv, G)))  # (b, h, G, rows, Dh)
+        target = cut.queries(out, at)  # (b, h, G, rows, Dh)
         target.copy_((o / l.masked_fill(nothing, 1)).view(target.shape))
         lse_i = (m + torch.log(l)).masked_fill_(nothing, -math.inf)  # (n, G rows, 1)
-        at.queries(lse.unflatten(1, (Hkv, G))).copy_(lse_i.view(target.shape[:-1]))
+        cut.queries(lse, at).copy_(lse_i.view(target.shape[:-1]))
         traffic.append(n * R * (2 * Dh * q.element_size() + lse.element_size()))
     return out, lse
 
@@ -295,24 +292,24 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     out and lse may be those of attention to more keys than k: then these are the gradients through k's share.
     """
     cut = _Tiling(q, k, options, tile)
-    B, H, Hkv, G, T, S = cut.shape
+    *_, G, T, S = cut.shape
     dq, bias = torch.empty_like(q), options.bias
     dk, dv = (torch.zeros(k.shape, dtype=cut.dtype, device=k.device) for _ in range(2))
     dbias = None if bias is None or not bias.requires_grad else torch.zeros_like(bias, dtype=cut.dtype)
     space = None
     for at in cut.tiles():
-        q_i = cut.query_tile(q.unflatten(1, (Hkv, G)), at)  # (n, G rows, Dh)
+        q_i = cut.scaled_queries(q, at)  # (n, G rows, Dh)
         n, R, Dh = q_i.shape
         space = q.new_empty(2, n * R * min(cut.Bc, S), dtype=cut.dtype) if space is None else space
-        do_i, out_i = (at.queries(x.unflatten(1, (Hkv, G))).flatten(2, 3).flatten(0, 1) for x in (grad_out, out))
+        do_i, out_i = (cut.query_rows(x, at) for x in (grad_out, out))
         delta = (do_i.to(cut.dtype) * out_i).sum(-1, keepdim=True)  # (n, G rows, 1)
         if grad_lse is not None:  # d lse_i / d s_ij = p_ij
-            delta -= at.queries(grad_lse.unflatten(1, (Hkv, G))).reshape(n, R, 1)
-        lse_i = at.queries(lse.unflatten(1, (Hkv, G))).reshape(n, R, 1)
+            delta -= cut.query_rows(grad_lse, at)[..., None]
+        lse_i = cut.query_rows(lse, at)[..., None]  # (n, G rows, 1)
         lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf)  # p = 0 in rows that see nothing
         do_i, dq_i = do_i.to(cut.products), torch.zeros(q_i.shape, dtype=cut.dtype, device=q.device)
         for columns in cut.columns(at.rows):
-            k_j, v_j = (at.keys(x, columns).to(cut.products) for x in (k, v))  # (n, columns, Dh)
+            k_j, v_j = (cut.keys(x, at, columns) for x in (k, v))  # (n, columns, Dh)
             s, slope = cut.logits(q_i, k_j, at, columns, space[0])  # (n, G rows, columns)
             if s is None:
                 continue
@@ -331,7 +328,7 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
                 ds.mul_(slope)
             _add_product(dq_i, ds, k_j)
             _add_product(dk[at.b, at.h, columns.start:columns.stop].view(k_j.shape), ds.mT, q_i)
-        target = at.queries(dq.unflatten(1, (Hkv, G)))  # (b, h, G, rows, Dh)
+        target = cut.queries(dq, at)  # (b, h, G, rows, Dh)
         target.copy_(dq_i.mul_(cut.scale).view(target.shape))
     if cut.products != cut.dtype:  # else q_i was scaled
         dk.mul_(cut.scale)
@@ -522,165 +519,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         raise ValueError(f"dropout must be in [0, 1), got {options.dropout}")
 
 
-# --- 5. what it saves, counted --------------------------------------------------------------
-
-def naive_traffic(T: int, S: int, Dh: int, itemsize: int = 4) -> int:
-    """HBM bytes of one head's naive forward: read Q, K; write and read S; write and read P; read V; write O.
-
-    Theta(T Dh + T^2): Dao et al. 2022, algorithm 0 and theorem 2.
-    """
-    return (2 * (T + S) * Dh + 4 * T * S) * itemsize
-
-
-def tiled_traffic(T: int, S: int, Dh: int, tile: tuple[int, int], is_causal: bool = True, itemsize: int = 4) -> int:
-    """HBM bytes of one head's tiled forward: Q read and O, lse written once, K and V read once per query tile.
-
-    With tile rows proportional to M / Dh this is Theta(T^2 Dh^2 / M): Dao et al. 2022, theorem 2.
-    """
-    Br, _ = tile
-    lasts = [min(r + Br, T) for r in range(0, T, Br)]  # query tiles end here, and see so many keys:
-    keys = sum(min(S, max(0, S - T + last)) if is_causal else S for last in lasts)
-    return (2 * T * Dh + 2 * keys * Dh) * itemsize + 4 * T
-
-
-def tile_size(fast_memory: int, Dh: int, itemsize: int = 4) -> int:
-    """Rows of the largest square tile, a multiple of 16, whose Q, O, K, V and logits fit in so many bytes.
-
-    4 B Dh + B^2 <= M numbers: Theta(M / Dh) rows as in algorithm 1, where B = M / (4 Dh) leaves out the logits.
-    """
-    M = fast_memory // itemsize
-    rows = int(math.sqrt(4 * Dh * Dh + M) - 2 * Dh) // 16 * 16
-    if rows < 16:
-        raise ValueError(f"{fast_memory} bytes hold no tile of 16 rows of width {Dh}")
-    return rows
-
-
-# --- 6. demo --------------------------------------------------------------------------------
-
-def peak_extra_bytes(run: Callable[[], object], device: str) -> int:
-    """The most memory, in bytes, that run() holds at any time beyond what was there before."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on stderr that it starts and stops
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
-
-
-def _milliseconds(run: Callable[[], object], device: str) -> float:
-    """The shortest of three calls."""
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-    return min(times)
-
-
-def new_figure(path: str | None, width: float, height: float):
-    """A matplotlib figure to be saved under ``path``, None without one. ValueError without matplotlib, and for what
-    cannot be drawn there: now, not after the work."""
-    if path is None:
-        return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    try:
-        if str(path).rpartition(".")[2].lower() not in figure.canvas.get_supported_filetypes():
-            raise OSError(None, "no format of pictures has that name")
-        is_new = not os.path.exists(path)
-        open(path, "ab").close()  # keeps a picture that is there
-        if is_new:
-            os.remove(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be drawn ({error.strerror}): name a picture in a folder that is "
-                         "there") from None
-    return figure
-
-
-def main(lengths: list[int], n_heads: int, d_head: int, dtype: str, device: str, plot: str | None) -> None:
-    if min(*lengths, n_heads, d_head) < 1:
-        raise ValueError("--lengths, --n_heads and --d_head must be at least 1, "
-                         f"got {min(lengths)}, {n_heads} and {d_head}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device: leave it out to run on the CPU")
-    figure = new_figure(plot, 10, 4)
-    lengths, generator = sorted(lengths), torch.Generator().manual_seed(0)
-    row = torch.randn(1000, generator=generator)
-    print(f"softmax of 1000 numbers in one pass, 7 at a time: differs from torch's by "
-          f"{(online_softmax(row, 7) - row.softmax(0)).abs().max():.0e} (expected below 1e-7)")
-
-    T, traffic = min(1024, lengths[-1]), []
-    tile = (tile_size(192 * 1024, d_head),) * 2  # an A100's fast memory, per processor
-    tiled_forward(*torch.randn(3, 1, 1, T, d_head, generator=generator), Options(), tile, traffic)
-    expected = tiled_traffic(T, T, d_head, tile)
-    print(f"192 KiB of fast memory hold tiles of {tile[0]} rows; at T = {T} one causal head moves {sum(traffic):,} "
-          f"bytes in tiles (formula: {expected:,}), naively {naive_traffic(T, T, d_head):,}")
-
-    methods = {
-        "naive": lambda q, k, v: naive_attention_with_lse(q, k, v)[0],
-        "tiled": lambda q, k, v: flash_attention(q, k, v, backend="tiled"),
-        "torch": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
-    print(f"\nforward + backward, (1, {n_heads}, T, {d_head}), causal, {dtype} on {device}: "
-          "milliseconds, and MB beyond the inputs\n     T" + "".join(f"{name:>18}" for name in methods))
-    table: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-    worst = 0.0
-    for T in lengths:
-        inputs = torch.randn(4, 1, n_heads, T, d_head, generator=generator)
-        q, k, v, grad_out = inputs.to(device, getattr(torch, dtype))
-        leaves, results = [x.requires_grad_() for x in (q, k, v)], {}
-        for name, method in methods.items():
-            def run():
-                out = method(*leaves)
-                return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
-            results[name] = run()
-            table[name].append((_milliseconds(run, device), peak_extra_bytes(run, device) / 1e6))
-        errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(results["tiled"], results["torch"])]
-        worst = torch.tensor([worst, *errors]).max().item()  # NaN, if there is one; Python's max would lose it
-        print(f"{T:6}" + "".join("{:9.1f} {:8.1f}".format(*table[name][-1]) for name in methods), flush=True)
-    if figure is not None:
-        for axis, title, column in zip(figure.subplots(1, 2), ("milliseconds", "MB beyond the inputs"), (0, 1)):
-            for name in methods:
-                axis.loglog(lengths, [values[column] for values in table[name]], marker="o", label=name)
-            axis.set_xticks(lengths, lengths)
-            axis.minorticks_off()
-            axis.set(xlabel="T", title=title)
-            axis.legend()
-        figure.savefig(plot)
-        print(f"drawn: {plot}")
-    grown = {name: values[-1][1] / values[0][1] for name, values in table.items()}
-    print(f"from T = {lengths[0]} to {lengths[-1]}, {lengths[-1] / lengths[0]:.1f} x, memory grew "
-          f"{grown['naive']:.1f} x naive, {grown['tiled']:.1f} x tiled")
-    bound = 1e-5 if dtype == "float32" else 0.02
-    print(f"counted = formula: {sum(traffic) == expected};   max |tiled - torch| = {worst:.1e} of the largest: "
-          f"{'OK, below' if worst < bound else 'WRONG, expected below'} {bound:.0e}")
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], metavar="T",
-                        help="T = S, one after the other (default %(default)s)")
-    parser.add_argument("--n_heads", type=int, default=4, help="H (default %(default)s)")
-    parser.add_argument("--d_head", type=int, default=64, help="Dh, width of a head (default %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
-                        help="of q, k and v (default %(default)s)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib)")
-    try:
-        main(**vars(parser.parse_args()))
-    except KeyboardInterrupt:
-        parser.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error).splitlines()[0][:200])
+    from attention_traffic import main  # what it saves: bytes by formula and counted, memory and time measured
+    main("flash_attn.py")

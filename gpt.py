@@ -121,10 +121,11 @@ class LayerCache:
         """Store k, v (B, H, T, Dh) behind what is there; returns all of it, two views (B, H, S, Dh)."""
         if k.size(0) != self.k.size(0):  # assigning one row would fill all of them with it
             raise ValueError(f"a cache of {self.k.size(0)} rows cannot take a batch of {k.size(0)}")
-        end = self.length + k.size(2)
-        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        T = k.size(2)
+        self.k.narrow(2, self.length, T).copy_(k)
+        self.v.narrow(2, self.length, T).copy_(v)
+        self.length += T
+        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
 
 class KVCache:

@@ -131,7 +131,7 @@ def main(seed: int) -> None:
         worst = min(worst, share) if decided else worst
         print(f"{kind:15} gold {mean:6.2f}   " + (f"the true answer is preferred in {share:.1%} of {len(decided):,} "
                                                   "decided pairs" if decided else "the same words: no preference"))
-    print(f"true answers preferred: at least {worst:.1%} of the time, against every kind (expected above 85 %)")
+    print(f"true answers preferred: at least {worst:.1%} of the time, against every kind (expected above 85%)")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def show_measure(tokens: float = TOKENS, plot: str | None = None, seed: int = 0)
         axes.legend()
         scaling.save_figure(figure, plot)
     print(f"predicted loss {predicted:.4f}, actual {actual:.4f}: {predicted / actual - 1:+.2%} "
-          f"(expected within 3 %);   {time.perf_counter() - start:.0f} s in all")
+          f"(expected within 3%);   {time.perf_counter() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

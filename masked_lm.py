@@ -230,9 +230,9 @@ def main(data: str | None, vocab_size: int, whole_words: bool, seed: int) -> Non
         masked += int(((targets != IGNORE) & (tokens == tokenizer.mask)).sum())
         ordinary += int(real.sum()) - 3 * len(labels)
         following, rows = following + int((labels == 0).sum()), rows + len(labels)
-    print(f"B follows A in {following / rows:.1%} of {rows} pairs (expected 50 %, less where documents are short)")
-    print(f"chosen {chosen / ordinary:.2%}: [MASK] {masked / chosen:.1%} of them (expected 15 % and 80 %; whole words "
-          "may exceed 15 % a little)")
+    print(f"B follows A in {following / rows:.1%} of {rows} pairs (expected 50%, less where documents are short)")
+    print(f"chosen {chosen / ordinary:.2%}: [MASK] {masked / chosen:.1%} of them (expected 15% and 80%; whole words "
+          "may exceed 15% a little)")
 
 
 if __name__ == "__main__":

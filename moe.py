@@ -112,20 +112,19 @@ def _within_capacity(chosen: Tensor, E: int, capacity: int) -> Tensor:
 #
 # All take x (N, D), the assignments, gate_up (E, 2 Dff, D), W_1 above W_3, and down (E, D, Dff); all return y (N, D).
 
-def naive_experts(x: Tensor, assigned: Assignments, gate_up: Tensor, down: Tensor) -> Tensor:
+def naive_experts(x: Tensor, assigned: Assignments, gate_up: Tensor, down: Tensor,
+                  linear: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
     """The formula, one visit at a time."""
     gate_up, down = gate_up.unbind(), down.unbind()  # E matrices each
     y = [torch.zeros_like(row) for row in x]
     for token, expert, weight in zip(assigned.token.tolist(), assigned.expert.tolist(), assigned.weight):
-        gate, up = (gate_up[expert] @ x[token]).chunk(2)  # (Dff,) twice
-        y[token] = y[token] + (weight * (down[expert] @ (F.silu(gate) * up))).type_as(x)
+        gate, up = linear(x[token], gate_up[expert]).chunk(2)  # (Dff,) twice
+        y[token] = y[token] + (weight * linear(F.silu(gate) * up, down[expert])).type_as(x)
     return torch.stack(y)  # (N, D)
 
 
 def grouped_experts(x: Tensor, assigned: Assignments, gate_up: Tensor, down: Tensor) -> Tensor:
     """``naive_experts``, sorted by expert: then each expert is two matrix products, and no expert runs in vain."""
-    if len(x) == 1 and x.device.type == "cpu":  # decoding: one token visits no expert twice, nothing to sort
-        return naive_experts(x, assigned, gate_up, down)
     order = assigned.expert.argsort(stable=True)
     token = assigned.token[order]
     # index_select: its backward adds rows, where x[token]'s adds numbers
@@ -267,6 +266,7 @@ class MoE(nn.Module):
         self.n_experts, self.k, self.kind, self.scale = n_experts, k, router, scale
         self.capacity_factor, self.balance, self.z, self.per_sequence = capacity_factor, balance, z, per_sequence
         self.compute, self.group = compute, None
+        self.linear = F.linear  # an expert's at one token; who decodes may put a faster one here
         self.like = like or {"softmax_after": "mixtral", "softmax_before": "olmoe"}.get(router)
         self.router = nn.Linear(d_model, n_experts, bias=False)
         # A parameter, to be saved and loaded like all others, but not the optimizer's: see ``update_biases``.
@@ -293,9 +293,14 @@ class MoE(nn.Module):
         assigned, p, chosen = choose(logits, self.k, self.kind, self.bias, dropping, self.scale)
         if self.training:
             self._account(logits, p, assigned, chosen, len(x) if x.dim() == 3 else 1)
-        y = (self.compute(flat, assigned, self.gate_up, self.down) if self.group is None else
-             parallel_experts(flat, assigned, self.gate_up, self.down, self.group)).view_as(x)
-        return y if self.shared is None else y + self.shared(x)
+        experts = (flat, assigned, self.gate_up, self.down)
+        if self.group is not None:
+            y = parallel_experts(*experts, self.group)
+        elif len(flat) == 1 and flat.device.type == "cpu":  # decoding: no expert is visited twice, nothing to sort
+            y = naive_experts(*experts, self.linear)
+        else:
+            y = self.compute(*experts)
+        return y.view_as(x) if self.shared is None else y.view_as(x) + self.shared(x)
 
     def _account(self, logits: Tensor, p: Tensor, assigned: Assignments, chosen: Tensor | None, B: int) -> None:
         """Count the visits, and leave the losses where ``auxiliary_loss`` finds them."""

@@ -1,38 +1,30 @@
-"""Packing: tokens on the disk, and documents into contexts.   Ding et al. 2024 (2404.10830), section 3
+"""Packing: documents into contexts, and contexts into batches.   Ding et al. 2024 (2404.10830), section 3
 
 Idea      A model reads contexts of T tokens; documents have any length. Joined in one line and cut every T
           tokens, nothing is wasted, but documents are torn that would have fitted. One document a context
           tears none and wastes most of the computation. Best-fit-decreasing bin packing tears only what is
           longer than T and wastes next to nothing: longest first, each into the fullest context with room.
           An attention mask in blocks keeps documents that share a context from reading each other.
-          The tokens lie in a file that is mapped, not read: it may be larger than memory.
 Formula   waste        = 1 - (sum of lengths) / (contexts * T)
           best fit     : context(d) = argmin over { c : space(c) >= n_d } of space(c), ties to the oldest
           query i sees key j  <=>  j <= i and document(i) = document(j); two pieces of a text are two documents
           input t + 1 of a document = its token t, input 0 = eot: every token is a target exactly once
-          validation  <=>  document_hash(text) < held_out
-Shapes    documents (n_d,) -> one line of tokens (N,) uint16 or uint32 and ends (documents,) uint64 on the disk
-          -> inputs, targets, document ids (B, T); mask (B, 1, T, T)
+Shapes    lengths (documents,) -> plan (pieces, 4); documents (n_d,) and plan -> inputs, targets, document ids (B, T)
+          document ids -> mask (B, 1, T, T)
           model(inputs, PackedRows(document ids)): attention and positions of each document as if it stood alone
-Omits     skipping what the mask hides (flash_attn.py does, given ``ids``); names of documents: only their order
-          is kept.
+Omits     skipping what the mask hides (flash_attn.py does, given ``ids``); documents on the disk: shards.py.
 Run       python packing.py                      Python's documentation, 3 s; ends with "refused by name: True"
           python packing.py --data 'my/*.txt' --context 1024 --out tokens
 Test      pytest tests/test_packing.py
 """
 
 import argparse
-import contextlib
 import hashlib
 import heapq
 import os
-import shutil
-import struct
 import tempfile
-import uuid
-from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,197 +35,7 @@ from torch import Tensor
 IGNORE = -100  # a target that no loss counts; cross_entropy's own default
 
 
-class ShardError(ValueError):
-    """A file of tokens that cannot be used. One line: the file, what is wrong, what to do."""
-
-
-# --- 1. tokens on the disk --------------------------------------------------------------------
-
-# magic and version, documents, tokens, vocab_size, bytes per token, BLAKE2b of all behind the header; then
-# BLAKE2b of these 48 bytes. Behind it the tokens, zeros up to a multiple of 8, and where each document ends.
-HEADER, MAGIC, HEADER_BYTES = struct.Struct("<8sQQII16s"), b"TOKENS\x00\x01", 64
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-class ShardWriter:
-    """Documents into one file, one at a time; 8 bytes per document are held in memory.
-
-        with ShardWriter("a.tokens", vocab_size) as shard:
-            shard.add(tokens)
-
-    The file appears under its name when the block ends, whole and on the disk; if the block raises, not at all.
-    A kill leaves the name as it was (and maybe a *.tmp). Raises ValueError for tokens that are no integers of
-    [0, vocab_size) or none; ShardError for a path that cannot be written or a shard without documents.
-    """
-
-    def __init__(self, path: str | os.PathLike, vocab_size: int):
-        if not 1 <= vocab_size < 2**32:
-            raise ValueError(f"vocab_size must be in 1 .. 2^32 - 1, got {vocab_size}")
-        self.path, self.vocab_size, self.ends, self.n_tokens = os.fspath(path), vocab_size, array("Q"), 0
-        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self._beside, self._hash = f"{self.path}.{uuid.uuid4().hex}.tmp", hashlib.blake2b(digest_size=16)
-
-    def __enter__(self) -> "ShardWriter":
-        try:
-            self._file = open(self._beside, "wb")
-            self._file.write(bytes(HEADER_BYTES))
-        except OSError as error:
-            raise self._unwritable(error) from None
-        return self
-
-    def _unwritable(self, error: OSError) -> ShardError:
-        return ShardError(f"{self.path}: cannot be written ({error.strerror}): check the folder, its permissions "
-                          "and the room on the disk")
-
-    def add(self, document: Sequence[int] | np.ndarray) -> None:
-        """One document, (n,) tokens with n >= 1; its end-of-text token, if it has one, is among them."""
-        tokens = np.asarray(document)
-        if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
-            raise ValueError(f"a document must be integers of shape (n,), n >= 1, got {tokens.dtype} {tokens.shape}")
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise ValueError(f"token ids {tokens.min()} .. {tokens.max()} are not all in the vocabulary, "
-                             f"0 .. {self.vocab_size - 1}")
-        self.n_tokens += len(tokens)
-        self.ends.append(self.n_tokens)
-        self._write(tokens.astype(self.dtype).tobytes())
-
-    def _write(self, data: bytes) -> None:
-        self._hash.update(data)
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise self._unwritable(error) from None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if kind is None:
-                if not self.ends:
-                    raise ShardError(f"{self.path}: no documents to write: give at least one")
-                self._write(bytes(-self.n_tokens * self.dtype.itemsize % 8))
-                self._write(np.array(self.ends, dtype="<u8").tobytes())
-                header = HEADER.pack(MAGIC, len(self.ends), self.n_tokens, self.vocab_size, self.dtype.itemsize,
-                                     self._hash.digest())
-                self._file.seek(0)
-                self._file.write(header + _digest(header))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._beside, self.path)
-        except OSError as failure:
-            raise self._unwritable(failure) from None
-        finally:
-            with contextlib.suppress(OSError):  # a full disk, which is said already, fails once more
-                self._file.close()
-            Path(self._beside).unlink(missing_ok=True)
-
-
-def write_shard(path: str | os.PathLike, documents: Iterable[Sequence[int]], vocab_size: int) -> "TokenShard":
-    """All documents (tokens each) into one file, whole or not at all, as ShardWriter; opened again."""
-    with ShardWriter(path, vocab_size) as shard:
-        for document in documents:
-            shard.add(document)
-    return open_shard(path, verify=False)
-
-
-class TokenShard(Sequence):
-    """The documents of one file: ``shard[i]`` is document i, (n_i,) tokens of the map, nothing copied.
-
-    ``tokens`` (N,) is the line of all, ``lengths`` (documents,) int64, ``vocab_size`` what they are below.
-    """
-
-    def __init__(self, path: str, tokens: np.ndarray, ends: np.ndarray, vocab_size: int):
-        self.path, self.tokens, self.ends, self.vocab_size = path, tokens, ends, vocab_size
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.ends.astype(np.int64), prepend=0)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        i = range(len(self))[i]
-        return self.tokens[int(self.ends[i - 1]) if i else 0:int(self.ends[i])]
-
-
-def open_shard(path: str | os.PathLike, verify: bool = True) -> TokenShard:
-    """The documents of a file that ShardWriter wrote, mapped. ``verify`` reads it once (about 1 GB/s, in small
-    blocks) and compares the checksum; without it, only the header's checksum and the file's length are.
-    Raises ShardError, which names the file: missing, foreign, cut short, or a checksum that fails."""
-    path = os.fspath(path)
-    try:
-        with open(path, "rb") as file:
-            head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
-            if head[:len(MAGIC)] != MAGIC:
-                raise ShardError(f"{path}: begins with {head[:8]!r}, not {MAGIC!r}: no file of tokens: write it with "
-                                 "write_shard")
-            if len(head) < HEADER_BYTES or _digest(head[:HEADER.size]) != head[HEADER.size:]:
-                raise ShardError(f"{path}: the checksum of the header fails: damaged: copy or write the file again")
-            _, n_documents, n_tokens, vocab_size, itemsize, digest = HEADER.unpack(head[:HEADER.size])
-            padded = -(-n_tokens * itemsize // 8) * 8
-            if size != (expected := HEADER_BYTES + padded + 8 * n_documents):
-                raise ShardError(f"{path}: has {size:,} bytes, its header says {expected:,}: cut short or grown: copy "
-                                 "or write the file again")
-            if verify:
-                found = hashlib.blake2b(digest_size=16)
-                while block := file.read(2**20):
-                    found.update(block)
-                if found.digest() != digest:
-                    raise ShardError(f"{path}: the checksum of the tokens fails: damaged: copy or write the file again")
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-    whole = np.memmap(path, dtype=np.uint8, mode="r")
-    tokens = whole[HEADER_BYTES:HEADER_BYTES + n_tokens * itemsize].view(f"<u{itemsize}")
-    # A plain view of the map: its slices are cheaper.
-    return TokenShard(path, np.asarray(tokens), np.asarray(whole[HEADER_BYTES + padded:].view("<u8")), vocab_size)
-
-
-# --- 2. training and validation ---------------------------------------------------------------
-
-def document_hash(document: str) -> float:
-    """A number in [0, 1) that depends on the document's text alone: the same in every run and process."""
-    digest = hashlib.blake2b(document.encode(), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48  # 48 bits fit a float's 53: never rounded up to 1
-
-
-def write_split(folder: str | os.PathLike, documents: Iterable[str], encode: Callable[[str], Sequence[int]], eot: int,
-                vocab_size: int, held_out: float = 0.05) -> tuple[TokenShard, TokenShard]:
-    """(train, validation): encode(document) + [eot] of each document, in the order they come, one at a time in
-    memory, into ``folder``/train.tokens and validation.tokens. A document whose hash is below held_out is held
-    out: wherever it stands and however often, it is on one side only. The folder appears whole or not at all.
-
-    Raises ValueError for held_out outside (0, 1), and as ShardWriter; ShardError if the folder is there already,
-    or if a side would stay empty (data.split_documents has a rule for few documents).
-    """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be in (0, 1), got {held_out}")
-    folder = Path(folder)
-    if folder.exists():
-        raise ShardError(f"{folder}: is there already: remove it or name another")
-    beside = Path(f"{folder}.{uuid.uuid4().hex}.tmp")
-    names = ("train.tokens", "validation.tokens")
-    try:
-        beside.mkdir()
-        with ShardWriter(beside / names[0], vocab_size) as train, ShardWriter(beside / names[1], vocab_size) as rest:
-            for document in documents:
-                side = rest if document_hash(document) < held_out else train
-                side.add(np.append(np.asarray(encode(document), dtype=np.int64), eot))
-            if not train.ends or not rest.ends:
-                raise ShardError(f"{folder}: {len(train.ends)} documents to train on, {len(rest.ends)} held out with "
-                                 f"held_out {held_out}: give more documents or another held_out")
-        os.rename(beside, folder)
-    except OSError as error:
-        raise ShardError(f"{folder}: cannot be written ({error.strerror}): check the folder, its permissions and the "
-                         "room on the disk") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return open_shard(folder / names[0], verify=False), open_shard(folder / names[1], verify=False)
-
-
-# --- 3. documents into contexts, in four ways --------------------------------------------------
+# --- 1. documents into contexts, in four ways --------------------------------------------------
 
 # A plan is an array (pieces, 4) of int64: context, document, first token in it, number of tokens; in the order of
 # contexts, and within one in the order of its places.
@@ -337,19 +139,21 @@ def torn(plan: np.ndarray, lengths: np.ndarray, context: int) -> int:
     return int(((pieces > 1) & (lengths <= context)).sum())
 
 
-# --- 4. contexts into batches ------------------------------------------------------------------
+# --- 2. contexts into batches ------------------------------------------------------------------
 
 class PackedContexts:
     """The examples 0, 1, 2, ... of a plan, without end: example j is a context of epoch j // n, in an order that
     each epoch draws anew from (seed, epoch). The number of the next example is the only state.
 
     Args:
-        shard: the documents; those that end with ``eot`` teach the model to end.
-        plan: (pieces, 4), of ``shard.lengths``.
+        shard: the documents, in a list or a shards.TokenShard; those that end with ``eot`` teach the model to end.
+        plan: (pieces, 4), of their lengths.
         context: T, at least the longest row of the plan.
         eot: the input before a document's first token.
         seed: of the order, in 0 .. 2^32 - 1.
         shuffle: False keeps every epoch in the order of the plan.
+
+    ValueError for a plan that does not fit the context or the documents; it names the first piece that does not.
     """
 
     def __init__(self, shard: Sequence[np.ndarray], plan: np.ndarray, context: int, eot: int, seed: int = 0,
@@ -363,6 +167,14 @@ class PackedContexts:
             raise ValueError(f"a plan with rows of {longest} tokens and documents up to {plan[:, 1].max()} wants "
                              f"a context of at least {longest}, {plan[:, 1].max() + 1} documents and a seed in "
                              f"0 .. 2^32 - 1, got {context}, {len(shard)} and {seed}")
+        # A shard has the lengths at hand; to ask each of its documents would take seconds per million.
+        lengths = np.asarray(shard.lengths if hasattr(shard, "lengths") else [len(document) for document in shard])
+        outside = np.flatnonzero((plan[:, 3] < 1) | (plan[:, 3] > lengths[plan[:, 1]] - plan[:, 2]))
+        if len(outside):
+            _, d, first, n = plan[outside[0]].tolist()
+            raise ValueError(f"piece {outside[0]} of the plan, tokens [{first}, {first + n}) of document {d}, is empty "
+                             f"or ends behind the document, which has {lengths[d]}: make the plan of these documents' "
+                             "lengths")
         self.shard, self.plan, self.context, self.eot = shard, plan, context, eot
         self.seed, self.shuffle = seed, shuffle
         self._bounds = np.searchsorted(plan[:, 0], np.arange(plan[-1, 0] + 2))  # the pieces of each context
@@ -397,7 +209,7 @@ class PackedContexts:
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(ids)
 
 
-# --- 5. attention inside a document -------------------------------------------------------------
+# --- 3. attention inside a document -------------------------------------------------------------
 
 def block_diagonal_mask(document_ids: Tensor) -> Tensor:
     """(B, T) -> (B, 1, T, T) bool, [b, 0, i, j] whether query i sees key j: not later, and of the same document.
@@ -444,10 +256,11 @@ class _PackedLayer:
         return k, v
 
 
-# --- 6. demo ------------------------------------------------------------------------------------
+# --- 4. demo ------------------------------------------------------------------------------------
 
 def main(data: str | None, context: int, held_out: float, seed: int, out: str | None) -> None:
     from data import default_documents, read_documents
+    from shards import HEADER_BYTES, ShardError, open_shard, write_shard, write_split
     if not 1 <= context <= 2**24 or not 0 <= seed < 2**32:  # asked before anything is written
         raise ValueError(f"--context must be in 1 .. 2^24 and --seed in 0 .. 2^32 - 1, got {context} and {seed}")
     documents: Iterator[str] = iter(default_documents()) if data is None else read_documents(data)
@@ -456,7 +269,8 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
         folder = Path(scratch, "tokens") if out is None else Path(out)
         train, validation = write_split(folder, documents, lambda text: np.frombuffer(text.encode(), dtype=np.uint8),
                                         eot, eot + 1, held_out)
-        both = set.intersection(*({_digest(document.tobytes()) for document in side} for side in (train, validation)))
+        both = set.intersection(*({hashlib.sha256(document.tobytes()).digest() for document in side}
+                                  for side in (train, validation)))
         print(f"{train.path}: {len(train):,} documents, {len(train.tokens):,} tokens, "
               f"{os.path.getsize(train.path):,} bytes")
         print(f"{validation.path}: {len(validation):,} documents, {len(validation.tokens):,} tokens; "

@@ -294,7 +294,7 @@ def plan(model: Any, chip: Any, gpus: int, batch_tokens: int, context: int) -> l
 # --- 4. published runs ----------------------------------------------------------------------
 
 ASSUMED = """layouts and rates of papers are quoted from memory: look them up where the last column says. Llama 3 is no
-blind test: a first version with one share of the peak for all chips was 19.5, 15.5 and 23 % too fast there, and got
+blind test: a first version with one share of the peak for all chips was 19.5, 15.5 and 23% too fast there, and got
 shares per chip for it. Not published, and assumed: microbatch 1, and one or two chunks of layers (v), where a paper is
 silent; pp 16 of 175B on 1024 A100; microbatch 4 of PaLM; for Llama 3 one layer per chunk (v = 8), selective
 recomputation (it frees memory by hand) and MFUs that count half of the attention matrix, which matters at 128k: counted
@@ -430,11 +430,11 @@ def show_validation(plot: str | None = None) -> None:
         axes = figure.add_subplot()
         axes.plot(*zip(*pairs), "o")
         axes.plot([0.2, 0.6], [0.2, 0.6], "k-", [0.2, 0.6], [0.24, 0.72], "k:", [0.2, 0.6], [0.16, 0.48], "k:")
-        axes.set(xlabel="published MFU", ylabel="planned MFU (dotted: 20 % off)")
+        axes.set(xlabel="published MFU", ylabel="planned MFU (dotted: 20% off)")
         scaling.save_figure(figure, plot)
     print(ASSUMED)
     inside = sum(abs(ours / theirs - 1) <= 0.2 for theirs, ours in pairs)
-    print(f"planned MFU within 20 % of the published one: {inside} of {len(pairs)} runs")
+    print(f"planned MFU within 20% of the published one: {inside} of {len(pairs)} runs")
 
 
 def main(plan: str | None, validate: bool, **flags: str | float | None) -> None:

@@ -371,7 +371,7 @@ def main(steps: int, scale: float, seed: int, plot: str | None) -> None:
     linear = FP8Linear(256, 256, bias=False)
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(seed))
     exact = F.linear(x, linear.weight)
-    print(f"\nfp8 linear: relative error {((linear(x) - exact).norm() / exact.norm()).item():.1%} (expected about 4 %: "
+    print(f"\nfp8 linear: relative error {((linear(x) - exact).norm() / exact.norm()).item():.1%} (expected about 4%: "
           "3 bits of mantissa in two factors)")
     failed = not last["fp16, no scale"] < last["fp32"] + 1  # NaN is a failure too
     good = all(abs(last[name] - last["fp32"]) < 0.05 for name in ("bf16", "fp16, static", "fp16, dynamic"))

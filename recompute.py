@@ -175,7 +175,7 @@ def main(kind: str, n_layers: int, d_model: int, context: int, repeats: int, see
         print(f"{what:10} {bytes_kept[what] / 1e6:9.2f} {formula / 1e6:9.2f} {bytes_kept[what] / formula:6.3f} "
               f"{milliseconds[what]:11.1f} {milliseconds[what] / milliseconds['none']:8.2f}   {expected}")
     print(f"max |gradient - gradient of none| = {difference:.0e} (expected 0); bytes within {worst:.1%} of the formula "
-          "(expected below 5 %)")
+          "(expected below 5%)")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ Formula   attention   a(t, s) = softmax over s of score(h_t, e_s),   context_t =
           word t + 1  softmax(W_o tanh(W_c [context_t; h_t])),  of the words before it and of the source
 Shapes    source (B, S), inputs (B, T), padded on the right -> logits (B, T, V), attention (B, T, S)
 Omits     stacked layers, dropout, subwords, Luong's local attention, coverage. The recurrent layer is handed in:
-          rnn.py has it; the demo's sentences, batches and scores are those of pairs.py.
+          rnn.py has it; the demo's sentences and batches are pairs.py's, its scores bleu.py's.
 Run       python rnn_nmt.py                      two translators of numbers and dates: under a minute;
                                                  ends with "the longest fifth: ..."
           python rnn_nmt.py --language german --translate "ninety-seven"        or --plot nmt.png
-          python rnn_nmt.py --pairs fra.tsv      sentence pairs of your own, Tatoeba's say
+          python rnn_nmt.py --data fra.tsv       sentence pairs of your own, Tatoeba's say
 Test      pytest tests/test_rnn_nmt.py
 """
 
@@ -323,19 +323,20 @@ def _draw(figure, by_length: dict[str, dict[str, float]], a: Tensor, source: lis
         looking.legend()
 
 
-def main(pairs: str | None, language: str | None, attention: str, steps: int, sampling: float, text: str | None,
+def main(data: str | None, language: str | None, attention: str, steps: int, sampling: float, text: str | None,
          seed: int, plot: str | None) -> None:
     if steps < 1 or not 0 <= seed < 2**32 or not 0 <= sampling <= 1:
         raise ValueError("--steps must be at least 1, --seed in 0 .. 2^32 - 1 and --sampling in [0, 1], "
                          f"got {steps}, {seed} and {sampling}")
-    if pairs and language:
-        raise ValueError("--language chooses the generated corpus and --pairs brings another: give one of them")
-    from pairs import (alignment_error_rate, attention_links, bleu, build_vocabulary, chrf, endless_batches,
-                       exact_match, read_corpus, to_batch, to_ids, to_text, to_words, translate)
+    if data and language:
+        raise ValueError("--language chooses the generated corpus and --data brings another: give one of them")
+    from bleu import alignment_error_rate, attention_links, bleu, chrf, exact_match
+    from pairs import (build_vocabulary, endless_batches, read_corpus, to_batch, to_ids, to_text, to_words,
+                       translate)
     from rnn import Recurrent
 
     torch.set_num_threads(1)  # of such small products a second thread takes more time than it saves
-    training, test = read_corpus(pairs, language, steps, seed)
+    training, test = read_corpus(data, language, steps, seed)
     vocabularies = (build_vocabulary(pair.source for pair in training),
                     build_vocabulary(pair.target for pair in training))
     if text is not None:
@@ -385,15 +386,15 @@ def main(pairs: str | None, language: str | None, attention: str, steps: int, sa
         errors = (alignment_error_rate(links, test) for links in (looked, diagonal))
         print("\nalignment error rate of the attention {:.2f} (expected below the diagonal's, {:.2f})".format(*errors))
     longest = [i for indices in buckets.values() for i in indices][-max(len(test) // 5, 1):]
-    shares = (100 * sum(rows[i] for i in longest) / len(longest) for rows in right.values())
-    print("the longest fifth: {:.0f} % right without attention, {:.0f} % with it (expected more)".format(*shares))
+    shares = (sum(rows[i] for i in longest) / len(longest) for rows in right.values())
+    print("the longest fifth: {:.0%} right without attention, {:.0%} with it (expected more)".format(*shares))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--pairs", help="file of lines: sentence, tab, translation (default: generated ones)")
+    parser.add_argument("--data", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
     parser.add_argument("--attention", choices=["dot", "general", "concat"], default="dot",
                         help="the score of the translator that has attention (default %(default)s)")

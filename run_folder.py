@@ -59,7 +59,7 @@ def decide(settings, given: set[str]) -> tuple:
         raise ConfigError(f"{out} already holds a run ({checkpoint.latest(out).name}): --resume goes on with it, "
                           f"--overwrite starts again, --out=DIR writes elsewhere")
     if not found or settings.overwrite and not restarted:
-        if settings.resume:
+        if settings.resume and not found:
             print(f"nothing to resume in {out}: starting from the beginning", flush=True)
         return settings, None
     path = checkpoint.latest(out)

@@ -485,7 +485,7 @@ def show_tables() -> None:
     for what, ours, theirs, tolerance in lecture_numbers():
         right += abs(ours / theirs - 1) <= tolerance + 1e-9
         print(f"  {what:46} {ours:>12.5g}   expected {theirs:.5g}")
-    print(f"\nparameters within 0.5 % of the published: {close} of {len(MODELS)};   the lectures' numbers: "
+    print(f"\nparameters within 0.5% of the published: {close} of {len(MODELS)};   the lectures' numbers: "
           f"{right} of {len(lecture_numbers())}")
 
 

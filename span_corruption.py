@@ -10,7 +10,7 @@ Formula   text      Thank you for inviting me to your party last week .
 Shapes    tokens (N,) -> inputs (S,), targets (T,): with n spans, S + T = N + 2 n + 3
 Omits     packing several examples into one row; the paper's other objectives (prefix, masked, deshuffling).
 Run       python span_corruption.py     one small T5 learns to fill gaps and two tasks at once: 50 s;
-                                        ends with "... every task above 90 %: True ..."
+                                        ends with "... every task above 90%: True ..."
 Test      pytest tests/test_span_corruption.py
 """
 
@@ -193,12 +193,12 @@ def main(steps: int, words: int, seed: int) -> None:
     for name in TASKS:
         inputs, targets = tasks(held_out, [name], 200)
         answers = greedy_decode(model, inputs, 0, 1, 3)
-        right[name] = sum(a == t[t > 1].tolist() for a, t in zip(answers, targets)) / 2
+        right[name] = sum(a == t[t > 1].tolist() for a, t in zip(answers, targets)) / 200
         print(f"  {vocabulary.decode(i for i in inputs[0].tolist() if i > 1)} -> {vocabulary.decode(answers[0])}")
     print(f"words cut out of held-out text: {ours:.2f} nats each, by their frequency {theirs:.2f};   right answers: "
-          + ", ".join(f"{name} {share:.0f} %" for name, share in right.items()))
-    good = ours < theirs and min(right.values()) > 90
-    print(f"better than frequency, and every task above 90 %: {good} (expected True)")
+          + ", ".join(f"{name} {share:.0%}" for name, share in right.items()))
+    good = ours < theirs and min(right.values()) > 0.9
+    print(f"better than frequency, and every task above 90%: {good} (expected True)")
 
 
 if __name__ == "__main__":

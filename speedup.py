@@ -125,7 +125,7 @@ def main(repeats: int, plot: str | None) -> None:
     for serial in (0.001, 0.01, 0.1):
         for name, law in (("Amdahl", amdahl_speedup), ("Gustafson", gustafson_speedup)):
             print(f"{name:10} s = {serial:<8}" + "".join(f"{law(serial, p):>8.1f}" for p in processors))
-    print(f"500 x on 1000 processors: s = {amdahl_serial_share(500, 1000):.4%} (expected about 0.1 %)")
+    print(f"500 x on 1000 processors: s = {amdahl_serial_share(500, 1000):.4%} (expected about 0.1%)")
     threads, seconds = measure_threads(repeats)
     print("measured here: " + ", ".join(f"{n} threads {s * 1e3:.1f} ms" for n, s in zip(threads, seconds)))
     if figure is not None:

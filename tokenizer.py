@@ -244,7 +244,7 @@ def eot(encoding: tiktoken.Encoding) -> int:
 def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
     """Write ``path``, tiktoken's "base64 rank" lines, and ``path``.json: name, pattern, special tokens, and
     the SHA-256 of ``path``, by which ``load`` notices that a kill has let only one of the two be renamed.
-    Both are written beside first. ValueError if there is no such folder, OSError if it cannot be written to."""
+    Both are written beside first. ValueError if there is no such folder, or if it cannot be written to."""
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         problem = "is a" if path.is_dir() else "no such"
@@ -259,6 +259,9 @@ def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
         beside[1].write_bytes(data)
         os.replace(beside[0], f"{path}.json")
         os.replace(beside[1], path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                         "room on the disk") from None
     finally:
         for file in beside:
             file.unlink(missing_ok=True)

@@ -209,6 +209,8 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     """
     world = join(settings.device, settings.timeout)
     settings, resumed = world.first(lambda: run_folder.decide(settings, given))
+    if settings.resume:
+        refuse_meaningless(settings, given)  # beside what the checkpoint brings
     c, notes = derive(settings, world.size, world.device.type, multiplies_bf16(world.device))
     world.say("\n".join(notes))
     if resumed:
@@ -431,7 +433,8 @@ def main(arguments: list[str]) -> int:
         return alignment.main([*rest, f"--stages={stage}"])
     try:
         settings, given = parse(arguments, __doc__)
-        refuse_meaningless(settings, given)
+        if not settings.resume:
+            refuse_meaningless(settings, given)
         run(settings, given)
     except (ConfigError, ProcessError, checkpoint.CheckpointError) as error:
         return one_line(str(error), 2) if rank == 0 else 2

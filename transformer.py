@@ -13,7 +13,7 @@ Shapes    source (B, S), targets (B, T) -> memory (B, S, D) -> logits (B, T, V);
 Omits     beam search (decode.py has one); T5's way with the same parts (t5.py has it).
 Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: two minutes;
           ends with "better than both in both: ..."
-          python transformer.py --pairs pairs.tsv    sentence pairs of your own, Tatoeba's say
+          python transformer.py --data fra.tsv    sentence pairs of your own, Tatoeba's say
 Test      pytest tests/test_transformer.py
 """
 
@@ -393,16 +393,17 @@ def train(model: Transformer, batches: Iterable[tuple[Tensor, ...]], steps: int,
     return losses
 
 
-def main(pairs: str | None, language: str | None, post_norm: bool, steps: int, warmup_steps: int, smoothing: float,
+def main(data: str | None, language: str | None, post_norm: bool, steps: int, warmup_steps: int, smoothing: float,
          text: str | None, seed: int) -> None:
     if steps < 2 or warmup_steps < 1 or not 0 <= smoothing <= 1 or not 0 <= seed < 2**32:
         raise ValueError("--steps must be at least 2, --warmup_steps at least 1, --label_smoothing in [0, 1] and "
                          f"--seed in 0 .. 2^32 - 1, got {steps}, {warmup_steps}, {smoothing} and {seed}")
-    if pairs and language:
-        raise ValueError("--language chooses the generated corpus and --pairs brings another: give one of them")
+    if data and language:
+        raise ValueError("--language chooses the generated corpus and --data brings another: give one of them")
     import rnn_nmt
-    from pairs import (END, PAD, START, bleu, build_vocabulary, endless_batches, exact_match, read_corpus, to_ids,
-                       to_text, to_words, translate)
+    from bleu import bleu, exact_match
+    from pairs import (END, PAD, START, build_vocabulary, endless_batches, read_corpus, to_ids, to_text, to_words,
+                       translate)
     from rnn import Recurrent
 
     for name, config, published in (("base", BASE, 65), ("big", BIG, 213)):
@@ -410,7 +411,7 @@ def main(pairs: str | None, language: str | None, post_norm: bool, steps: int, w
             n_parameters = sum(p.numel() for p in Transformer(config).parameters())
         print(f"{name:5} {n_parameters:>12,} parameters (table 3: {published} million)")
 
-    training, test = read_corpus(pairs, language, steps // 2, seed)
+    training, test = read_corpus(data, language, steps // 2, seed)
     vocabularies = tuple(build_vocabulary(side) for side in zip(*((pair.source, pair.target) for pair in training)))
     if text is not None:
         to_ids([to_words(text)], vocabularies[0])  # refuses what cannot be translated
@@ -449,7 +450,7 @@ def main(pairs: str | None, language: str | None, post_norm: bool, steps: int, w
         rival = rnn_nmt.Translator(sizes, Recurrent, torch.Generator().manual_seed(seed))
         rnn_nmt.train(rival, endless_batches(training, *vocabularies, 64, seed), steps // 2, seed=seed)
         score(f"LSTM, {attention or 'no'} attention", lambda *source: rnn_nmt.greedy_translations(rival, *source)[0])
-    print(f"{'':24} % right    BLEU")
+    print(f"{'% right':>32}    BLEU")
     for name, (right, points) in scores.items():
         print(f"{name:24} {right:7.1f} {points:7.1f}")
     (right, points), *others = scores.values()
@@ -460,7 +461,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--pairs", help="file of lines: sentence, tab, translation (default: generated ones)")
+    parser.add_argument("--data", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
     parser.add_argument("--post_norm", action="store_true",
                         help="the paper's, needs more steps (default: pre-norm)")

@@ -16,6 +16,7 @@ Test      pytest tests/test_vectors.py
 """
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -136,7 +137,7 @@ class Vectors:
     def save(self, path: str | os.PathLike, binary: bool = False) -> None:
         """Write float32 in word2vec's and gensim's format; a file is there whole or not at all.
 
-        ValueError for items whose names are not distinct words.
+        ValueError for items whose names are not distinct words, and for a file that cannot be written.
         """
         names = [str(item) for item in self.items]
         bad = next((name for name in names if len(name.split()) != 1 or name != name.strip()), None)
@@ -154,8 +155,12 @@ class Vectors:
                     numbers = row.tobytes() if binary else " ".join(f"{x:.9g}" for x in row.tolist()).encode()
                     file.write(name.encode() + b" " + numbers + b"\n")
             os.replace(beside, path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                             "room on the disk") from None
         finally:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it may never have been there
+                beside.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike, binary: bool = False) -> "Vectors":

@@ -336,7 +336,7 @@ def main(data: str | None, vocab_size: int, cased: bool, out: str | None) -> Non
     print(f"held-out text: {sum(map(len, pieces)) / len(words):.2f} tokens a word")
     few, size = train[:3], min(vocab_size, 400)
     same = train_wordpiece_naive(few, size, not cased) == train_wordpiece(few, size, not cased)
-    print(f"naive = fast: {same} (expected True), words read back: {read_back:.2%} (expected above 99 %; a character "
+    print(f"naive = fast: {same} (expected True), words read back: {read_back:.2%} (expected above 99%; a character "
           "never seen is [UNK])")
 
 

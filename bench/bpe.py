@@ -20,9 +20,14 @@ from pathlib import Path
 
 import regex
 import tiktoken
-import tokenizers
 from pydoc_data.topics import topics
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+try:
+    import tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError as error:
+    print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tokenizer import encode, load, train, train_bpe  # noqa: E402

@@ -29,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import quality  # noqa: E402
+import quality_classifier  # noqa: E402
 from crawl import Pages, make_crawl  # noqa: E402
 from deduplication import HeldOut, MinHash, band_hashes, choose_bands, units  # noqa: E402
 
@@ -56,7 +57,10 @@ def medians(runs: dict, repeats: int) -> dict[str, float]:
 
 
 def minhash(repeats: int) -> None:
-    import datasketch
+    try:
+        import datasketch
+    except ImportError:
+        raise ValueError("minhash needs datasketch: pip install datasketch") from None
 
     texts = [text for text in data.default_documents() if len(text) > 500][::3]
     hasher, n_bytes = MinHash(128), sum(map(len, texts))
@@ -94,7 +98,7 @@ def stages(repeats: int) -> None:
         pages = list(data.read_documents(pattern))
         cleaned = [text for page in pages if (text := quality.clean(page)[0])]
         words = [text.split() for text in cleaned]
-        hasher, bands, classifier = MinHash(), choose_bands(128, 0.8), quality.QualityClassifier()
+        hasher, bands, classifier = MinHash(), choose_bands(128, 0.8), quality_classifier.QualityClassifier()
         held_out = HeldOut([Pages(1).new() for _ in range(3)])
         lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in cleaned)
         raw = sum(len(page.encode()) for page in pages)
@@ -164,5 +168,5 @@ if __name__ == "__main__":
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         parser.error(str(error))

@@ -19,7 +19,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-import transformers
+
+try:
+    import transformers
+except ImportError as error:
+    print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 from decode import generate, one_row_layout
 from gpt import GPT, GPTConfig

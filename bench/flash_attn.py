@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attention_kernels import works
-from flash_attn import flash_attention, naive_attention_with_lse, peak_extra_bytes
+from attention_traffic import peak_extra_bytes
+from flash_attn import flash_attention, naive_attention_with_lse
 
 
 def seconds_of(runs, device, repeats):

@@ -31,7 +31,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
+
+try:
+    import transformers
+except ImportError as error:
+    print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 from decode import generate, one_row_layout
 from processes import keep_freed_memory

@@ -26,7 +26,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-import transformers
+
+try:
+    import transformers
+except ImportError as error:
+    print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 from gpt import GPT, GPTConfig
 from preference import RewardModel, dpo_loss
@@ -112,7 +117,7 @@ def bench_ppo(name: str, model: GPT, device: str, rounds: int, generator: torch.
     medians = {part: statistics.median(values) for part, values in seconds.items()}
     whole = sum(medians.values())
     print(f"PPO step, {name}: {whole * 1e3:.0f} ms, of it " + ", ".join(
-        f"{part} {100 * value / whole:.0f} %" for part, value in medians.items()), flush=True)
+        f"{part} {value / whole:.0%}" for part, value in medians.items()), flush=True)
 
 
 def bench_dpo(name: str, model: GPT, device: str, rounds: int, generator: torch.Generator) -> None:

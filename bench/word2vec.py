@@ -26,9 +26,14 @@ from pathlib import Path
 # This file has the name of the file that it measures, so its own folder must not come first.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import gensim
 import torch
 import torch.nn.functional as F
+
+try:
+    import gensim
+except ImportError as error:
+    print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 from data import default_documents, split_documents
 from word2vec import Vocabulary, Word2Vec, Word2VecConfig, train

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, run_program
+from run_here import run_here
 
 TINY = "--n_layers=1 --n_heads=2 --d_model=16 --context=16 --batch_tokens=64 --steps=2 --warmup_steps=0 --samples=1 "
 TEXT = "{tmp}/my/text.txt"
@@ -35,6 +36,7 @@ COMMANDS = {
     "python data.py --data 'my/**/*.txt'": ("python data.py --data {tmp}/my/**/*.txt --context 16",
                                              "seen exactly once: True"),
     "python decode.py": ("python decode.py --max_new_tokens 8", "True"),
+    "python speculative.py": ("python speculative.py --max_new_tokens 8 --draws 2000", "distribution kept: True; .*: True; .*: True"),
     'python decode.py --checkpoint out/pretrain --prompt "The function"': (
         'python decode.py --checkpoint {tmp}/run --prompt "The" --max_new_tokens 5', "The"),
     "python decode.py --checkpoint out/pretrain --chat": (
@@ -65,21 +67,24 @@ COMMANDS = {
     "python moe.py": ("python moe.py --steps 2", "z-loss keeps the logits small: "),
     "python rnn.py": (None, "each above the one before: True"),
     "python rnn.py --plot rnn.png": ("python rnn.py --plot {tmp}/rnn.png", "each above the one before: True"),
-    "python pairs.py": ("python pairs.py --count 20", r"chrF 100.0 of the references \(expected 100\), \d+\.\d with a word replaced"),
-    "python pairs.py --language german": ("python pairs.py --language german --count 20", "chrF 100.0 of the references"),
-    "python pairs.py --pairs fra.tsv": ("python pairs.py --pairs {tmp}/fra.tsv", "chrF 100.0 of the references"),
-    "python rnn_nmt.py": ("python rnn_nmt.py --steps 1", r"the longest fifth: \d+ % right without attention, \d+ % with it"),
+    "python pairs.py": ("python pairs.py --count 20", "word for word: 21 of 21 pairs"),
+    "python pairs.py --language german": ("python pairs.py --language german --count 20", "word for word: 21 of 21 pairs"),
+    "python pairs.py --data fra.tsv": ("python pairs.py --data {tmp}/fra.tsv", r"word for word: (\d+) of \1 pairs"),
+    "python bleu.py": ("python bleu.py --count 20", r"chrF 100.0 of the references \(expected 100\), \d+\.\d with a word replaced"),
+    "python bleu.py --language german": ("python bleu.py --language german --count 20", "chrF 100.0 of the references"),
+    "python bleu.py --data fra.tsv": ("python bleu.py --data {tmp}/fra.tsv", "chrF 100.0 of the references"),
+    "python rnn_nmt.py": ("python rnn_nmt.py --steps 1", r"the longest fifth: \d+% right without attention, \d+% with it"),
     'python rnn_nmt.py --language german --translate "ninety-seven"': (
-        'python rnn_nmt.py --language german --translate "ninety-seven" --steps 1', r"the longest fifth: \d+ % right"),
-    "python rnn_nmt.py --pairs fra.tsv": ("python rnn_nmt.py --pairs {tmp}/fra.tsv --steps 1", r"the longest fifth: \d+ % right"),
+        'python rnn_nmt.py --language german --translate "ninety-seven" --steps 1', r"the longest fifth: \d+% right"),
+    "python rnn_nmt.py --data fra.tsv": ("python rnn_nmt.py --data {tmp}/fra.tsv --steps 1", r"the longest fifth: \d+% right"),
     "python word2vec.py": ("python word2vec.py --epochs 4 --d_model 16", r"held-out loss 4\.1589 -> \d\.\d+, lower: True"),
     "python word2vec.py --data words": (
         "python word2vec.py --data words --epochs 1 --d_model 8 --plot {tmp}/calls.png", r"held-out loss .*lower: True"),
     "python word2vec.py --plot calls.png": ("python word2vec.py --data words --epochs 1 --d_model 8 --plot {tmp}/calls.png", r"held-out loss .*lower: True"),
     "python transformer.py": ("python transformer.py --steps 2", r"better than both in both: (True|False) \(expected True\)"),
-    "python transformer.py --pairs pairs.tsv": ("python transformer.py --pairs {tmp}/fra.tsv --steps 2", "better than both in both"),
+    "python transformer.py --data fra.tsv": ("python transformer.py --data {tmp}/fra.tsv --steps 2", "better than both in both"),
     "python t5.py": ("python t5.py --steps 1", r"\d of 4 answers right \(expected all\)"),
-    "python span_corruption.py": ("python span_corruption.py --steps 2 --words 100", r"every task above 90 %: (True|False)"),
+    "python span_corruption.py": ("python span_corruption.py --steps 2 --words 100", r"every task above 90%: (True|False)"),
     "python scaling.py": (None, "lectures' numbers: 21 of 21"),
     "python scaling.py --gpu v100 --gpus 64": (None, r"\d+ of 17 models can be trained"),
     "python scaling.py --fit runs.csv": ("python scaling.py --fit {tmp}/runs.csv", r"N_opt ~ C\^a by the methods"),
@@ -98,6 +103,7 @@ COMMANDS = {
     "python flash_attn.py": ("python flash_attn.py --lengths 32 64", r"counted = formula: True; .*: OK"),
     "python flash_attn.py --plot attention.png": (
         "python flash_attn.py --lengths 32 64 --plot {tmp}/attention.png", "counted = formula: True"),
+    "python attention_traffic.py": ("python attention_traffic.py --lengths 32 64", r"counted = formula: True; .*: OK"),
     "python flash_attn_cuda.py": (None, r"nothing was run|largest relative error .*: OK"),
     "python planner.py --plan llama3_405b --gpus 16384 --gpu h100 --tokens 15e12": ("python planner.py --plan gpt2 --gpus 8", r"best: dp \d+ "),
     "python attention_kernels.py": (None, r"max \|kernel - formula\| of .*: OK"),
@@ -168,6 +174,7 @@ COMMANDS = {
         "resumed in the middle: True"),
     "python mixture.py --data 'web=crawl/*.jsonl,books=my/*.txt' --weights web=0.8,books=0.2": (
         f"python mixture.py --data web={TEXT},books={TEXT} --weights web=0.8,books=0.2 --examples 200 --context 16", "resumed in the middle: True"),
+    "python shards.py": ("python shards.py --kills 1", r"whole after a kill: 1 of 1; .*refused by name: (\d+) of \1: OK"),
     "python packing.py": (None, "refused by name: True"),
     "python packing.py --data 'my/*.txt' --context 1024 --out tokens": (
         "python packing.py --data {tmp}/pages.jsonl --context 64 --held_out 0.3 --out {tmp}/tokens", "refused by name: True"),
@@ -176,8 +183,11 @@ COMMANDS = {
     "python pipeline_schedules.py --plot timelines.png": (
         "python pipeline_schedules.py --plot {tmp}/timelines.png", r"max \|bubble - formula\| = .*: OK"),
     "python precision.py --plot lost.png": ("python precision.py --steps 5 --plot {tmp}/lost.png", "with it: (True|False)"),
-    "python quality.py": (None, r"held-out ROC AUC [\d.]+: better"),
-    "python quality.py --data 'my/*.txt' --trusted good.jsonl": ("python quality.py --data {tmp}/pages.jsonl --trusted {tmp}/good.jsonl", "held-out ROC AUC"),
+    "python quality.py": (None, r"cleaned again, ([\d,]+) of \1 kept pages"),
+    "python quality.py --data 'my/*.txt'": ("python quality.py --data {tmp}/pages.jsonl", r"cleaned again, ([\d,]+) of \1 kept pages"),
+    "python quality_classifier.py": (None, r"held-out ROC AUC [\d.]+: better"),
+    "python quality_classifier.py --data 'my/*.txt' --trusted good.jsonl": (
+        "python quality_classifier.py --data {tmp}/pages.jsonl --trusted {tmp}/good.jsonl", "held-out ROC AUC"),
     "python deduplication.py": ("python deduplication.py --documents 60", r"recall \d\.\d+, precision \d\.\d+: OK"),
     "torchrun --nproc_per_node=2 deduplication.py": (
         "torchrun --nproc_per_node=2 deduplication.py --documents 60", r"recall \d\.\d+, precision \d\.\d+: OK"),
@@ -299,6 +309,16 @@ def do(tmp_path_factory):
 
 def test_every_command_that_is_shown_is_run_here():
     assert commands_shown() <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("script, peer", [("bpe", "tokenizers"), ("word2vec", "gensim"), *(
+    (name, "transformers") for name in ("decode", "models", "moe", "rlhf", "train_step"))])
+def test_a_benchmark_without_its_peer_says_so_in_one_line(script, peer, monkeypatch):
+    monkeypatch.setitem(sys.modules, peer, None)  # as if it were not installed
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found = run_here([f"bench/{script}.py"])
+    assert found.returncode == 2 and found.stderr.count("\n") == 1
+    assert found.stderr.endswith(f"bench/{script}.py: needs {peer}: pip install -r tests/requirements.txt\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -30,6 +30,7 @@ import train
 from config import TrainConfig, derive
 from crawl import make_crawl
 from processes import ProcessError, World
+from shards import open_shard
 
 N_FILES, N_PAGES = 5, 20
 
@@ -439,7 +440,7 @@ def test_shards_become_tokens_and_a_model(made, tmp_path, capsys):
     out = made[2]
     packing.main(f"{out}/*", context=64, held_out=0.2, seed=0, out=str(tmp_path / "tokens"))
     assert "every token a target exactly once: True" in capsys.readouterr().out
-    shards = [packing.open_shard(tmp_path / "tokens" / f"{side}.tokens") for side in ("train", "validation")]
+    shards = [open_shard(tmp_path / "tokens" / f"{side}.tokens") for side in ("train", "validation")]
     assert sorted(bytes(map(int, d[:-1])).decode() for shard in shards for d in shard) == sorted(kept(out))
     config = derive(TrainConfig(data=f"{out}/*", out=str(tmp_path / "model"), context=16, vocab_size=260, device="cpu"), 1, "cpu", False)[0]
     corpus = train.prepare(config, World(), None)

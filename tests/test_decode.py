@@ -6,7 +6,6 @@ import runpy
 import shutil
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from transformers.generation import logits_process
 
 import decode
 from decode import (Sampling, beam_search, decode_stream, generate, min_p, naive_generate, next_logits,
-                    repetition_penalty, score, speculative, stream, temperature, token_log_probs, top_k, top_p)
+                    repetition_penalty, score, stream, temperature, token_log_probs, top_k, top_p)
 from gpt import GPT, GPTConfig
 
 
@@ -208,8 +207,7 @@ def test_no_prompts_give_no_completions():
 def test_bad_prompts_are_refused(prompt, message):
     model = tiny()
     for call in (lambda: generate(model, [prompt], 3), lambda: naive_generate(model, [prompt], 3),
-                 lambda: stream(model, prompt, 3), lambda: beam_search(model, prompt, 2, 3),
-                 lambda: speculative(model, model, prompt, 3)):
+                 lambda: stream(model, prompt, 3), lambda: beam_search(model, prompt, 2, 3)):
         with pytest.raises(ValueError, match=message):
             call()
     for no_rows in ([1, 2], torch.tensor([1, 2]), torch.tensor([[1.0, 2.0]]), [[1, 2.5]], ["text"]):
@@ -228,7 +226,6 @@ def test_every_method_uses_eval_mode_and_restores_the_modes():
     assert first == generate(model, PROMPTS, 8, temperature=0)  # no dropout
     next(stream(model, [1], 8))  # abandoned after one token
     beam_search(model, [1], 2, 3)
-    speculative(model, model, [1], 3)
     score(model, torch.tensor([[1, 2]]))
     naive_generate(model, [[1]], 2)
     assert [m.training for m in model.modules()] == modes
@@ -293,9 +290,11 @@ def test_a_row_in_parts_matches_torch(P, out, width, threads):
     threads(P)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, width, dtype=torch.float64, generator=generator) for n in (1, out))
+    bias = torch.randn(out, dtype=torch.float64, generator=generator)
     for layout in (weight, weight.t().contiguous().t(), weight.repeat(2, 2)[::2, :width]):
-        expected = torch.nn.functional.linear(x, layout)
-        torch.testing.assert_close(decode.row_in_parts(x, layout), expected, rtol=0, atol=1e-12)
+        for b in (None, bias):
+            expected = torch.nn.functional.linear(x, layout, b)
+            torch.testing.assert_close(decode.row_in_parts(layout, b)(x), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("columns", [False, True])
@@ -412,84 +411,6 @@ def test_more_beams_are_not_worse_here_and_options_change_the_result():
 def test_beam_search_ends_at_the_context():
     assert len(beam_search(tiny(), [1] * 20, 3, 10)[0][0]) == 4
     assert beam_search(tiny(), [1] * 24, 3, 10) == []
-
-
-# --- speculative decoding ---
-
-@pytest.mark.parametrize("draft_tokens", [0, 1, 4])
-@pytest.mark.parametrize("stop_tokens", [(), (0, 5)])
-def test_speculative_greedy_matches_greedy(draft_tokens, stop_tokens):
-    model = tiny()
-    for prompt in PROMPTS[1:3]:
-        for options in (dict(), dict(repetition_penalty=1.5)):
-            options |= dict(temperature=0, stop_tokens=stop_tokens)
-            expected = generate(model, [prompt], 40, **options)[0]
-            for draft in (model, tiny(seed=1), tiny(seed=0, scale=7.0), tiny(context=9, seed=2)):
-                run = speculative(model, draft, prompt, 40, draft_tokens=draft_tokens, **options)
-                assert run.tokens == expected
-                if draft is model:
-                    assert run.accepted == run.drafted
-
-
-class Table(torch.nn.Module):
-    """The quickest language model: what follows a token depends on it and on its position alone."""
-
-    def __init__(self, V, context, seed):
-        super().__init__()
-        self.config, self.blocks = GPTConfig(V, context, 1, 1, 1), ()
-        draws = torch.randn(context, V, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        self.table = torch.nn.Parameter(draws)
-
-    def embed(self, tokens, start=0):
-        return self.table[start + torch.arange(tokens.size(1)), tokens]  # (B, T, V)
-
-    def head(self, x):
-        return x
-
-    def forward(self, tokens):
-        return self.embed(tokens)
-
-    def new_cache(self, batch, max_len):
-        return TableCache()
-
-
-class TableCache:
-    layers, length = (), 0
-
-    def begin(self, T):
-        self.length += T
-        return self.length - T
-
-    def truncate(self, length):
-        self.length = min(self.length, length)
-
-
-def test_speculative_samples_follow_the_models_distribution():
-    model, draft, generator = Table(3, 8, 0), Table(3, 8, 1), torch.Generator().manual_seed(0)
-    sampling, n, draws = Sampling(0.9, top_p=0.95), 3, 1200
-    expected = {}  # of every continuation of three tokens, by the chain rule
-    for tokens in itertools.product(range(3), repeat=n):
-        p = 1.0
-        for i in range(n):
-            seen = [1, *tokens[:i]]
-            p *= sampling.probabilities(model(torch.tensor([seen]))[:, -1], [seen])[0, tokens[i]].item()
-        expected[tokens] = p * draws
-    runs = [speculative(model, draft, [1], n, draft_tokens=2, generator=generator, temperature=0.9, top_p=0.95)
-            for _ in range(draws)]
-    observed = Counter(tuple(run.tokens) for run in runs)
-    assert all(expected[tokens] > 0 for tokens in observed)
-    cells = [tokens for tokens, count in expected.items() if count >= 5]  # chi-square needs cells of that size
-    rest = draws - sum(expected[t] for t in cells), draws - sum(observed[t] for t in cells)
-    chi_square = sum((observed[t] - expected[t]) ** 2 / expected[t] for t in cells)
-    chi_square += (rest[1] - rest[0]) ** 2 / max(rest[0], 5)
-    k = len(cells)
-    assert chi_square < k + 4 * (2 * k) ** 0.5  # four standard deviations above its mean
-    assert 0.05 < sum(run.accepted for run in runs) / sum(run.drafted for run in runs) < 0.95  # the draft is no copy
-
-
-def test_speculative_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="11 tokens and 12"):
-        speculative(tiny(), tiny(12), [1], 3)
 
 
 # --- the program ---

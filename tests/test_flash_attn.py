@@ -1,8 +1,6 @@
 """Tiled attention against brute force in float64 and torch's own; merging, memory, kernels, and all that can be asked."""
 
 import math
-import re
-import runpy
 import sys
 
 import pytest
@@ -11,10 +9,9 @@ import torch.nn.functional as F
 
 import flash_attn
 from attention_kernels import works
-from flash_attn import (Options, dropout_factor, flash_attention, flash_attention_with_lse, merge,
-                        naive_attention_with_lse, naive_traffic, online_softmax, peak_extra_bytes,
-                        softmax_of_concatenation, split_kv_attention, tile_size, tiled_backward, tiled_forward,
-                        tiled_traffic)
+from attention_traffic import peak_extra_bytes
+from flash_attn import (Options, dropout_factor, flash_attention, flash_attention_with_lse, merge, naive_attention_with_lse,
+                        online_softmax, softmax_of_concatenation, split_kv_attention, tiled_backward, tiled_forward)
 
 
 def problem(T, S, H=4, Hkv=2, Dh=8, B=2, dtype=torch.float64, seed=0, spread=1.0):
@@ -277,29 +274,7 @@ def test_split_kv_decoding_matches_one_piece(T, S, splits):
     torch.testing.assert_close(split_kv_attention(q, k, v, splits), expected, atol=1e-12, rtol=1e-12)
 
 
-# --- memory and traffic ---------------------------------------------------------------------
-
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("T, S, tile", [(64, 64, (16, 16)), (50, 70, (16, 8)), (1, 33, (16, 16)), (70, 50, (16, 32))])
-def test_counted_traffic_equals_the_formula(T, S, tile, is_causal):
-    q, k, v, *_ = problem(T, S, 1, 1, B=1, dtype=torch.float32)
-    traffic = []
-    tiled_forward(q, k, v, Options(is_causal), tile, traffic)
-    assert sum(traffic) == tiled_traffic(T, S, 8, tile, is_causal)
-
-
-def test_traffic_is_quadratic_naively_and_falls_with_fast_memory():
-    assert naive_traffic(2048, 2048, 64) / naive_traffic(1024, 1024, 64) == pytest.approx(4, rel=0.1)
-    moved = [tiled_traffic(4096, 4096, 64, (tile_size(M, 64),) * 2, False) for M in (64 * 1024, 256 * 1024)]
-    assert naive_traffic(4096, 4096, 64) > 1.4 * moved[0] and moved[0] > 2 * moved[1]
-
-
-@pytest.mark.parametrize("M, Dh", [(48 * 1024, 64), (192 * 1024, 64), (192 * 1024, 128), (10**6, 16)])
-def test_tile_size_is_the_largest_that_fits(M, Dh):
-    rows = tile_size(M, Dh)
-    assert rows % 16 == 0
-    assert 4 * (4 * rows * Dh + rows * rows) <= M < 4 * (4 * (rows + 16) * Dh + (rows + 16) ** 2)
-
+# --- what is computed, what is kept ---------------------------------------------------------
 
 def test_hidden_tiles_are_never_computed(monkeypatch):
     shapes, bmm = [], torch.bmm
@@ -494,7 +469,7 @@ def test_bad_input_is_refused(changes, message):
         flash_attention(**(inputs | changes))
 
 
-def test_merge_splits_and_tile_size_refuse_what_cannot_be():
+def test_merge_and_splits_refuse_what_cannot_be():
     o, lse = torch.zeros(2, 3), torch.zeros(2)
     with pytest.raises(ValueError, match=r"\(2, 3\), \(2,\) and \(3, 3\), \(2,\)"):
         merge(o, lse, torch.zeros(3, 3), lse)
@@ -502,30 +477,3 @@ def test_merge_splits_and_tile_size_refuse_what_cannot_be():
         split_kv_attention(*problem(1, 5)[:3], splits=0)
     with pytest.raises(ValueError, match="takes soft_cap, scale and backend, got dropout, window"):
         split_kv_attention(*problem(1, 5)[:3], splits=2, window=3, dropout=0.1)
-    with pytest.raises(ValueError, match="1000 bytes hold no tile"):
-        tile_size(1000, 64)
-
-
-# --- the program ----------------------------------------------------------------------------
-
-def run_demo(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["flash_attn.py", "--lengths", "32", "64", *arguments])
-    runpy.run_path(flash_attn.__file__, run_name="__main__")
-    return capsys.readouterr().out
-
-
-def test_demo_counts_compares_and_draws(monkeypatch, capsys, tmp_path):
-    picture = tmp_path / "attention.png"
-    out = run_demo(monkeypatch, capsys, "--plot", str(picture), "--n_heads", "3", "--d_head", "16", "--dtype", "bfloat16")
-    assert re.search(r"counted = formula: True;   max \|tiled - torch\| = \S+ of the largest: OK", out.splitlines()[-1])
-    assert picture.stat().st_size > 1000 and "(1, 3, T, 16), causal, bfloat16" in out
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--n_heads", "0"], "--lengths, --n_heads and --d_head must be at least 1"), (["--d_head", "x"], "invalid int"),
-    (["--d_head", "5000"], "hold no tile of 16 rows of width 5000")])
-def test_demo_refuses_in_one_line(monkeypatch, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        run_demo(monkeypatch, capsys, *arguments)
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2 and message in errors and errors.count("\n") == 1

@@ -72,7 +72,7 @@ def test_public_functions_and_classes_say_what_they_do(stem):
 
 @pytest.mark.parametrize("stem", CONCEPTS)
 def test_every_flag_says_what_it_is_and_its_default(stem):
-    demo_elsewhere = {"rlhf": "overoptimisation", "zero": "zero_memory", "train": "config"}
+    demo_elsewhere = {"flash_attn": "attention_traffic", "rlhf": "overoptimisation", "zero": "zero_memory", "train": "config"}
     assert "ArgumentParser" in CONCEPTS[demo_elsewhere.get(stem, stem)].read_text(), f"python {stem}.py --help explains nothing"
     for call in ast.walk(tree_of(stem)):
         if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("add_argument"):
@@ -134,6 +134,33 @@ def test_programs_say_the_same_thing_in_the_same_way():
         if path.parent == ROOT and not re.search(r"OSError\b.* as error:|start_ranks\(", source):
             wrong.append(f"{name}: a traceback for a file that cannot be written")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_flag_that_takes_a_number_takes_one_everywhere():
+    """--epochs and --stages are lists of names, too: of sources, and of alignment's stages."""
+    numbers, words = defaultdict(set), defaultdict(set)
+    for path in CONCEPTS.values():
+        for flag, kind in re.findall(r"^    (\w+): (\w+).*= _?setting\(", path.read_text(), re.MULTILINE):
+            (numbers if kind in ("int", "float") else words)[flag].add(path.name)
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".add_argument"):
+                options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                of_kind = numbers if options.get("type") in ("int", "float") else words
+                if "action" not in options:
+                    of_kind[ast.unparse(call.args[0]).strip("'-")].add(path.name)
+    both = set(numbers) & set(words) - {"epochs", "stages"}
+    assert not both, [(flag, numbers[flag], words[flag]) for flag in both]
+
+
+def test_percentages_are_printed_without_a_space():
+    for path in [*CONCEPTS.values(), *ROOT.glob("bench/*.py")]:
+        tree = ast.parse(path.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.JoinedStr, ast.Constant)) and id(node) not in docstrings:
+                text = ast.unparse(node) if isinstance(node, ast.JoinedStr) else str(node.value)
+                found = re.search(r"[\d}] %(?! ?[\d(])", text)  # 8 % 3 and %(default)s are something else
+                assert not found, f"{path.name}:{node.lineno}: {text}"
 
 
 def test_a_cure_stands_behind_a_colon_and_seeds_have_one_range():

@@ -105,7 +105,7 @@ def test_prediction_is_printed_before_the_larger_model_is_trained(monkeypatch, c
     assert width == ladder.TARGET and "predicted before it is trained" in before
     predicted = float(re.search(r"tokens: (\d\.\d+)", before)[1])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert f"predicted loss {predicted:.4f}, actual 6.5000: {predicted / 6.5 - 1:+.2%} (expected within 3 %)" in last
+    assert f"predicted loss {predicted:.4f}, actual 6.5000: {predicted / 6.5 - 1:+.2%} (expected within 3%)" in last
     assert (tmp_path / "law.png").stat().st_size > 0
 
 

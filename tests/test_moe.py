@@ -1,6 +1,7 @@
 """Experts against transformers' Mixtral, OLMoE and DeepSeek-V3, three ways against each other, routing by brute force."""
 
 import copy
+import dataclasses
 import json
 import math
 import runpy
@@ -242,6 +243,21 @@ def test_decoding_by_columns_keeps_the_values_of_the_experts():
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert_same(model(tokens), expected)
     assert decode.generate(model, tokens, 6, temperature=0) == written
+
+
+def test_decoding_on_several_cores_gives_experts_to_all_of_them_and_leaves_the_model_as_it_was(monkeypatch):
+    # 2^18 numbers are the least matrix that is cut
+    model = tiny(config=dataclasses.replace(TINY, d_model=256, d_ff=1024)).eval()
+    expected, cut = decode.generate(model, tokens_of(1, 9), 6, temperature=0), []
+    in_parts = decode.row_in_parts
+    monkeypatch.setattr(decode, "row_in_parts", lambda w, bias: cut.append(w.shape) or in_parts(w, bias))
+    torch.set_num_threads(2)
+    try:
+        assert decode.generate(model, tokens_of(1, 9), 6, temperature=0) == expected
+    finally:
+        torch.set_num_threads(1)
+    assert cut.count((2048, 256)) == cut.count((256, 1024)) == 5 * 2 * model.config.n_layers  # steps behind the prompt, k
+    assert all(block.mlp.linear is F.linear for block in model.blocks)
 
 
 @pytest.mark.parametrize("D, Dff", [(8, 12), (7, 5)])  # torch's grouped product takes the first, a loop the second

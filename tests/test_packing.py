@@ -1,13 +1,8 @@
-"""Packing: files of tokens, plans against brute force, and attention inside a document against documents alone."""
+"""Packing: plans against brute force, and attention inside a document against documents alone."""
 
-import hashlib
 import itertools
-import os
 import re
 import runpy
-import signal
-import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -15,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-import data
-import packing
 import recompute
 from gpt import GPT, GPTConfig, attention, naive_attention
 from llama import Llama, LlamaConfig
-from packing import (IGNORE, PackedContexts, PackedRows, ShardError, ShardWriter, block_diagonal_mask,
-                     document_hash, open_shard, pack_best_fit, pack_best_fit_naive, pack_crossing, pack_in_order,
-                     pack_padded, torn, waste, write_shard, write_split)
+from packing import (IGNORE, PackedContexts, PackedRows, block_diagonal_mask, pack_best_fit, pack_best_fit_naive,
+                     pack_crossing, pack_in_order, pack_padded, torn, waste)
+from shards import open_shard, write_shard
 
 WAYS = [pack_crossing, pack_padded, pack_in_order, pack_best_fit]
 
@@ -30,160 +23,6 @@ WAYS = [pack_crossing, pack_padded, pack_in_order, pack_best_fit]
 def random_documents(seed=0, n=50, vocab=300, longest=40):
     rng = np.random.RandomState(seed)
     return [rng.randint(0, vocab, size=rng.randint(1, longest)) for _ in range(n)]
-
-
-# --- files --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("vocab, dtype", [(300, "<u2"), (2**16, "<u2"), (2**16 + 1, "<u4"), (2**31, "<u4")])
-def test_shard_gives_back_every_document(tmp_path, vocab, dtype):
-    for n in (1, 2, 3, 50):  # token bytes that do and do not fill a multiple of 8
-        documents = random_documents(n=n, vocab=min(vocab, 2**31 - 1))
-        shard = write_shard(tmp_path / "a.tokens", documents, vocab)
-        again = open_shard(tmp_path / "a.tokens")
-        assert shard.tokens.dtype == dtype and again.vocab_size == vocab and len(again) == n
-        assert again.lengths.tolist() == [len(d) for d in documents]
-        for i in [*range(n), -1]:
-            np.testing.assert_array_equal(again[i], documents[i])
-        with pytest.raises(IndexError):
-            again[n]
-    assert os.listdir(tmp_path) == ["a.tokens"]
-
-
-def test_shard_is_mapped_and_not_read(tmp_path):
-    """A sparse file of 64 GB of tokens, more than memory: one document in its middle is read alone."""
-    n = 2**35
-    ends = np.array([n // 2, n // 2 + 3, n], dtype="<u8").tobytes()
-    head = packing.HEADER.pack(packing.MAGIC, 3, n, 300, 2, bytes(16))
-    with open(tmp_path / "big.tokens", "wb") as file:
-        file.write(head + hashlib.blake2b(head, digest_size=16).digest())
-        file.seek(64 + n)  # token n // 2 of two bytes
-        file.write(np.array([7, 8, 9], dtype="<u2").tobytes())
-        file.seek(64 + 2 * n)
-        file.write(ends)
-    shard = open_shard(tmp_path / "big.tokens", verify=False)
-    assert shard[1].tolist() == [7, 8, 9] and len(shard[2]) == n // 2 - 3
-
-
-@pytest.mark.parametrize("place", ["magic", "counts", "header checksum", "tokens", "padding", "ends", "last"])
-def test_shard_with_any_flipped_bit_is_refused_by_name(tmp_path, place):
-    path = tmp_path / "a.tokens"
-    write_shard(path, [[1, 2, 3], [4, 5]], 300)
-    content = bytearray(path.read_bytes())
-    content[{"magic": 0, "counts": 9, "header checksum": 60, "tokens": 66, "padding": 75, "ends": 82, "last": -1}[place]] ^= 16
-    path.write_bytes(content)
-    with pytest.raises(ShardError, match=f"^{path}: .*(checksum|no file of tokens)"):
-        open_shard(path)
-
-
-def test_shard_that_is_missing_short_or_foreign_is_refused_by_name(tmp_path):
-    path = tmp_path / "a.tokens"
-    for expected in ("No such file", "no file of tokens", "no file of tokens", "header fails", "cut short", "cut short"):
-        with pytest.raises(ShardError, match=f"^{path}: .*{expected}"):
-            open_shard(path, verify=False)
-        if not path.exists():
-            path.write_bytes(b"")
-        elif not path.stat().st_size:
-            path.write_text("hello " * 50)
-        elif path.read_bytes()[:5] == b"hello":
-            write_shard(path, [[1, 2, 3]], 300)
-            whole = path.read_bytes()
-            path.write_bytes(whole[:50])
-        elif path.stat().st_size == 50:
-            path.write_bytes(whole[:-1])
-        else:
-            path.write_bytes(whole + b"x")
-
-
-@pytest.mark.parametrize("document, message", [([300], r"300 \.\. 300 are not all in the vocabulary, 0 \.\. 299"), ([-1, 2], r"-1 \.\. 2 are not"),
-                                               ([], r"n >= 1, got .* \(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float64")])
-def test_documents_that_are_no_tokens_leave_the_old_file(tmp_path, document, message):
-    write_shard(tmp_path / "a.tokens", [[1]], 300)
-    with pytest.raises(ValueError, match=message):
-        write_shard(tmp_path / "a.tokens", [[1, 2], document], 300)
-    assert open_shard(tmp_path / "a.tokens")[0].tolist() == [1] and os.listdir(tmp_path) == ["a.tokens"]
-
-
-def test_writer_refuses_bad_arguments_by_name(tmp_path):
-    with pytest.raises(ShardError, match="no documents"):
-        write_shard(tmp_path / "a.tokens", [], 300)
-    with pytest.raises(ShardError, match="nowhere/a.tokens: cannot be written"):
-        write_shard(tmp_path / "nowhere" / "a.tokens", [[1]], 300)
-    with pytest.raises(ValueError, match="vocab_size must be"):
-        ShardWriter(tmp_path / "a.tokens", 0)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ShardError, match="folder: cannot be written"):
-        write_shard(tmp_path / "folder", [[1]], 300)
-    assert os.listdir(tmp_path) == ["folder"]
-
-
-def test_writer_on_a_full_disk_says_so_in_one_line(tmp_path):
-    writer = ShardWriter(tmp_path / "a.tokens", 300)
-    writer._beside = tmp_path / "beside"
-    writer._beside.symlink_to("/dev/full")
-    with pytest.raises(ShardError, match="a.tokens: cannot be written .No space left"), writer:
-        for _ in range(2000):
-            writer.add(range(100))
-    assert os.listdir(tmp_path) == []
-
-
-def test_writer_holds_eight_bytes_per_document(tmp_path):
-    with ShardWriter(tmp_path / "a.tokens", 300) as writer:
-        for _ in range(1000):
-            writer.add([1])
-    assert sys.getsizeof(writer.ends) < 8 * 1000 * 9 / 8 + 200  # as it grows, an eighth is room for more
-
-
-def test_writer_killed_in_the_middle_leaves_the_old_file(tmp_path):
-    write_shard(tmp_path / "a.tokens", [[1]], 300)
-
-    def documents():
-        yield from [[1, 2, 3]] * 10_000
-        os.kill(os.getpid(), signal.SIGKILL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads of torch, which the child does not need
-        child = os.fork()
-    if child == 0:
-        try:
-            write_shard(tmp_path / "a.tokens", documents(), 300)
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert open_shard(tmp_path / "a.tokens")[0].tolist() == [1] and len(os.listdir(tmp_path)) == 2
-
-
-# --- training and validation --------------------------------------------------------------------
-
-def test_split_matches_data_split_documents_and_is_disjoint(tmp_path):
-    documents = [f"document {i % 80}" for i in range(100)]  # 20 of them twice
-    train, validation = write_split(tmp_path / "out", documents, lambda text: list(text.encode()), 256, 257, 0.2)
-    texts = [[bytes(map(int, d[:-1])).decode() for d in side] for side in (train, validation)]
-    assert texts == list(data.split_documents(documents, 0.2))
-    assert not {*texts[0]} & {*texts[1]} and len(texts[0]) + len(texts[1]) == 100
-    assert all(d[-1] == 256 for side in (train, validation) for d in side)
-    assert sorted(os.listdir(tmp_path / "out")) == ["train.tokens", "validation.tokens"]
-    assert document_hash("x") == data.document_hash("x")
-
-
-def test_split_is_whole_or_not_there(tmp_path):
-    def failing():
-        yield from map(str, range(50))
-        raise RuntimeError("the source broke")
-
-    def encode(text):
-        return list(text.encode())
-
-    with pytest.raises(RuntimeError, match="broke"):
-        write_split(tmp_path / "out", failing(), encode, 256, 257)
-    with pytest.raises(ShardError, match="out: 1 documents to train on, 0 held out"):
-        write_split(tmp_path / "out", ["lonely"], encode, 256, 257, 1e-9)
-    with pytest.raises(ValueError, match=r"held_out must be in \(0, 1\)"):
-        write_split(tmp_path / "out", ["a"], encode, 256, 257, 1.0)
-    with pytest.raises(ShardError, match="no/out: cannot be written"):
-        write_split(tmp_path / "no" / "out", ["a"], encode, 256, 257)
-    assert os.listdir(tmp_path) == []
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ShardError, match="out: is there already"):
-        write_split(tmp_path / "out", ["a"], encode, 256, 257)
 
 
 # --- plans --------------------------------------------------------------------------------------
@@ -389,6 +228,20 @@ def test_contexts_refuse_plans_that_do_not_fit():
     for start, count in ((-1, 1), (0, 0)):
         with pytest.raises(ValueError, match="start must be at least 0 and count at least 1"):
             PackedContexts(documents, plan, 8, 0).batch(start, count)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_contexts_refuse_pieces_that_are_not_inside_their_document(on_disk, tmp_path):
+    """Of (1, 4, 7) numpy would repeat the one token that is there, in silence."""
+    documents = [np.arange(3), np.arange(5)]
+    if on_disk:
+        documents = write_shard(tmp_path / "a.tokens", documents, 8)
+    for document, start, stop in ((1, 4, 7), (0, 0, 5), (1, 5, 6), (1, 9, 10), (0, 2, 2)):
+        plan = np.array([[0, 1, 0, 3], [1, document, start, stop - start]])
+        with pytest.raises(ValueError, match=rf"^piece 1 of the plan, tokens \[{start}, {stop}\) of document {document}, is empty or "
+                                             f"ends behind the document, which has {len(documents[document])}: make the plan"):
+            PackedContexts(documents, plan, 8, 0)
+    assert len(PackedContexts(documents, np.array([[0, 1, 4, 1], [0, 0, 0, 3]]), 8, 0)) == 1
 
 
 # --- the program --------------------------------------------------------------------------------

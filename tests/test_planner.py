@@ -190,7 +190,7 @@ def test_every_flag_changes_the_plan(monkeypatch, capsys, tmp_path):
     outs.append(program(monkeypatch, capsys, "--validate", "--plot", tmp_path / "v.png")[1])
     assert all(a != b for a, b in itertools.combinations(outs, 2)) and (tmp_path / "v.png").exists()
     assert all("best: dp" in out for out in outs[:-1]) and (tmp_path / "p.png").exists()
-    assert "within 20 % of the published one: 25 of 28 runs" in outs[-1] and planner.ASSUMED in outs[-1]
+    assert "within 20% of the published one: 25 of 28 runs" in outs[-1] and planner.ASSUMED in outs[-1]
 
 
 @pytest.mark.parametrize("arguments, message", [

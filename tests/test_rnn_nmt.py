@@ -307,7 +307,7 @@ def small(tmp_path, capsys, monkeypatch):
     lines = [f"{to_text(pair.source)}\t{to_text(pair.target)}" for pair in generate_pairs(30, max_items=1)]
     path = tmp_path / "pairs.tsv"
     path.write_text("\n".join(lines))
-    return lambda *arguments: program(capsys, monkeypatch, "--pairs", path, "--steps", 1, *arguments)
+    return lambda *arguments: program(capsys, monkeypatch, "--data", path, "--steps", 1, *arguments)
 
 
 def test_program_shows_both_problems_in_the_language_asked_for(capsys, monkeypatch):
@@ -315,7 +315,7 @@ def test_program_shows_both_problems_in_the_language_asked_for(capsys, monkeypat
     for part in ("no attention, % right", "dot attention, % right", "BLEU", "alignment error rate"):
         assert part in out
     assert re.search(r"^= .*(hundert|tausend|zig)", out, re.MULTILINE)
-    assert re.search(r"the longest fifth: \d+ % right without attention, \d+ % with it \(expected more\)\n$", out)
+    assert re.search(r"the longest fifth: \d+% right without attention, \d+% with it \(expected more\)\n$", out)
 
 
 def test_every_flag_changes_something(small, tmp_path):
@@ -333,12 +333,12 @@ def test_every_flag_changes_something(small, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", 0], "--steps must be at least 1"), (["--seed", -1], "--seed in 0"), (["--sampling", 1.5], r"--sampling in \[0, 1\]"),
-    (["--language", "french"], "--language chooses the generated corpus and --pairs brings another"),
+    (["--language", "french"], "--language chooses the generated corpus and --data brings another"),
     (["--translate", ""], "sentence 0 is empty"), (["--translate", "blue moon"], "no known word: 'blue moon'"),
     (["--plot", "rnn"], "name a picture"), (["--plot", "no/folder.png"], "no/folder.png: cannot be drawn"), (["--plot", "{folder}"], "Is a directory"),
     (["--attention", "self"], "invalid choice"),
-    (["--pairs", "missing.tsv"], "No such file"), (["--pairs", "{few}"], "only 4 pairs: give at least 5"),
-    (["--pairs", "{broken}"], "broken.tsv, line 3: 1 of the columns"), (["--pairs", "{strange}"], "no held-out sentence")])
+    (["--data", "missing.tsv"], "No such file"), (["--data", "{few}"], "only 4 pairs: give at least 5"),
+    (["--data", "{broken}"], "broken.tsv, line 3: 1 of the columns"), (["--data", "{strange}"], "no held-out sentence")])
 def test_program_answers_bad_input_in_one_line(small, tmp_path, capsys, arguments, message):
     files = {"few": "a\tb\n" * 4, "broken": "a\tb\nc\td\ne\n", "strange": "\n".join(f"{c}\t{c}" for c in "abcde")}
     for name, content in files.items():

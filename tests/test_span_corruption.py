@@ -114,7 +114,7 @@ def test_demo_ends_on_its_verdict_and_its_flags_change_something(capsys, monkeyp
     for flags in (dict(steps=2, words=100, seed=0), dict(steps=2, words=200, seed=0), dict(steps=2, words=100, seed=1)):
         span_corruption.main(**flags)
         outputs.append(capsys.readouterr().out)
-        assert "better than frequency, and every task above 90 %: " in outputs[-1].splitlines()[-1]
+        assert "better than frequency, and every task above 90%: " in outputs[-1].splitlines()[-1]
     assert len(set(outputs)) == 3
 
 

@@ -1,6 +1,7 @@
 """The whole run: equal on any number of processes, resumed bit for bit, stopped by anything without loss."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -422,6 +423,16 @@ def test_unusable_text_is_refused_in_one_line(tmp_path, capsys, name, content, m
 def test_bad_settings_are_refused_in_one_line(text, tmp_path, capsys, flags, message):
     keep = [flag for flag in SMALL if not (flag.startswith("--vocab_size") and any("tokenizer" in f for f in flags))]
     assert message in refused(capsys, f"--data={text}", f"--out={tmp_path}", *keep, *flags)
+
+
+@pytest.mark.parametrize("saved, flags, message", [
+    (dict(model="moe"), ["--n_experts=8", "--ep=1"], "--min_lr=1 is above --lr"),  # nothing else is wrong
+    (dict(schedule="wsd"), ["--decay_steps=5"], "--min_lr=1 is above --lr"),
+    (dict(schedule="constant"), [], "--min_lr means nothing here: a constant schedule"),
+    (dict(model="llama"), ["--n_experts=8"], "--n_experts means nothing here: a llama has no experts")])
+def test_flags_of_a_resumed_run_are_judged_beside_the_settings_of_its_checkpoint(tmp_path, capsys, saved, flags, message):
+    checkpoint.save(tmp_path, 4, {}, {"train_config": dataclasses.asdict(TrainConfig(**saved))})
+    assert message in refused(capsys, f"--out={tmp_path}", "--resume", "--min_lr=1", *flags)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(text, tmp_path, capsys):

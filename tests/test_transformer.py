@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import pairs
 import transformer
+from bleu import bleu
 from transformer import (MultiHeadAttention, Transformer, TransformerConfig, causal_mask, greedy_decode, label_smoothing_loss,
                          masked_attention, naive_label_smoothing_loss, naive_masked_attention, naive_positions,
                          sinusoidal_positions, warmup_learning_rate)
@@ -335,7 +336,7 @@ def test_half_precision_stays_half_and_near():
 
 # --- the demo -------------------------------------------------------------------------------
 
-DEMO = dict(pairs=None, language=None, post_norm=False, steps=2, warmup_steps=4, smoothing=0.1, text=None, seed=0)
+DEMO = dict(data=None, language=None, post_norm=False, steps=2, warmup_steps=4, smoothing=0.1, text=None, seed=0)
 
 
 def run_demo(capsys, **changes):
@@ -353,7 +354,7 @@ def test_demo_ends_on_its_verdict_and_every_flag_changes_something(capsys, monke
     assert re.fullmatch(r"better than both in both: (True|False) \(expected True\)", before.splitlines()[-1])
     lines = [f"number {i} here\tnummer {i} hier\tCC-BY" for i in range(30)]
     (tmp_path / "pairs.tsv").write_text("\n".join(lines))
-    for changes in (dict(pairs=str(tmp_path / "pairs.tsv")), dict(language="german"), dict(post_norm=True), dict(steps=4),
+    for changes in (dict(data=str(tmp_path / "pairs.tsv")), dict(language="german"), dict(post_norm=True), dict(steps=4),
                     dict(warmup_steps=1), dict(smoothing=0.5), dict(text="twenty-two"), dict(seed=1)):
         assert run_demo(capsys, **changes) != before, changes
     assert run_demo(capsys) == before  # the same seed, the same run
@@ -373,7 +374,7 @@ def test_training_learns_and_keeps_the_mean_of_its_last_weights():
     references = [pairs.to_text(p.target) for p in corpus[:7]]
     translated = pairs.translate(lambda source, _: greedy_decode(model, source, pairs.START, pairs.END, 30),
                                  [pairs.to_text(p.source) for p in corpus[:7]], *vocabularies)
-    assert pairs.bleu(translated, references) > 10
+    assert bleu(translated, references) > 10
     thirteen, fourteen = trained(13)[0], trained(14)[0]  # 13 // 7 = 1 step, 14 // 7 = 2 steps averaged
     optimizer_only = Transformer(config, torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(optimizer_only.parameters(), betas=(0.9, 0.98), eps=1e-9)
@@ -393,9 +394,9 @@ def test_training_learns_and_keeps_the_mean_of_its_last_weights():
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "1"], "--steps"), (["--steps", "x"], "--steps"), (["--warmup_steps", "0"], "--warmup_steps"),
     (["--label_smoothing", "2"], "--label_smoothing"), (["--label_smoothing", "nan"], "--label_smoothing"), (["--seed", "-1"], "--seed"),
-    (["--language", "latin"], "--language"), (["--pairs", "missing.tsv"], "missing.tsv"),
-    (["--pairs", "x.tsv", "--language", "german"], "give one of them"), (["--pairs", "{tmp}/two.tsv"], "only 2 pairs: give at least 5"),
-    (["--pairs", "{tmp}/column.tsv"], "column.tsv, line 2"), (["--steps", "2", "--translate", "xyz"], "no known word")])
+    (["--language", "latin"], "--language"), (["--data", "missing.tsv"], "missing.tsv"),
+    (["--data", "x.tsv", "--language", "german"], "give one of them"), (["--data", "{tmp}/two.tsv"], "only 2 pairs: give at least 5"),
+    (["--data", "{tmp}/column.tsv"], "column.tsv, line 2"), (["--steps", "2", "--translate", "xyz"], "no known word")])
 def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys, tmp_path):
     (tmp_path / "two.tsv").write_text("a\tb\nc\td\n")
     (tmp_path / "column.tsv").write_text("a\tb\nc\n")

@@ -143,6 +143,9 @@ def test_a_failed_save_leaves_the_file_that_was_there(tmp_path):
         Vectors(["b", "\ud800"], torch.ones(2, 1)).save(path)
     with pytest.raises(ValueError, match="it is there and is not a file"):
         Vectors(["a"], torch.ones(1, 1)).save(tmp_path)
+    for place, why in ((tmp_path / "none" / "b", "No such file"), (path / "b", "Not a directory")):
+        with pytest.raises(ValueError, match=f"b: cannot be written .{why}"):
+            Vectors(["a"], torch.ones(1, 1)).save(place)
     assert Vectors.load(path).items == ["a"] and list(tmp_path.iterdir()) == [path]
 
 
