@@ -34,7 +34,10 @@ from torch import Tensor
 
 # --- 1. BLEU ----------------------------------------------------------------------------------
 
-def _check_sizes(translations: Sequence[str], references: Sequence[str]) -> None:
+def _check(translations: Sequence[str], references: Sequence[str]) -> None:
+    for texts in (translations, references):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):  # a str is a sequence of str
+            raise ValueError("translations and references must be lists of strings, one reference to a translation")
     if len(translations) != len(references) or not references:
         raise ValueError(f"{len(translations)} translations cannot be scored against {len(references)} references")
 
@@ -57,9 +60,10 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> float:
 
     brevity * (p_1 p_2 p_3 p_4)^(1/4), p_n being the share of all n-grams that the references confirm. The k-th p_n
     of zero counts as 1 / (2^k times the number of n-grams).   Chen & Cherry 2014, smoothing 3
-    Raises ValueError unless there are as many references as translations, and some.
+    No word confirmed, or no translation of four words: 0.
+    Raises ValueError unless there are as many references as translations, and some, all of them strings.
     """
-    _check_sizes(translations, references)
+    _check(translations, references)
     found, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
     for translation, reference in zip(translations, references):
         ours, theirs = mteval_words(translation), mteval_words(reference)
@@ -82,10 +86,10 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> float:
 def chrf(translations: Sequence[str], references: Sequence[str]) -> float:
     """chrF2 in 0 .. 100: F-score of character 1- to 6-grams, recall twice as important.   Popovic 2015
 
-    Spaces do not count; precision and recall are averages over the orders that occur, as sacrebleu has them.
-    Raises ValueError unless there are as many references as translations, and some.
+    Spaces do not count; precision and recall are averages over the orders n that occur. A reference shorter than n
+    leaves its translation's n-grams out: all as sacrebleu has it. ValueError as ``bleu``.
     """
-    _check_sizes(translations, references)
+    _check(translations, references)
     found, ours, theirs = [0] * 6, [0] * 6, [0] * 6
     for translation, reference in zip(translations, references):
         for n in range(6):
@@ -102,7 +106,7 @@ def chrf(translations: Sequence[str], references: Sequence[str]) -> float:
 
 def exact_match(translations: Sequence[str], references: Sequence[str]) -> float:
     """The percentage of translations that are their reference, character by character; ValueError as ``bleu``."""
-    _check_sizes(translations, references)
+    _check(translations, references)
     return 100 * sum(a == b for a, b in zip(translations, references)) / len(references)
 
 
@@ -118,6 +122,8 @@ class Pair(NamedTuple):
 
 def attention_links(attention: Tensor) -> set[tuple[int, int]]:
     """(T, S) -> {(source, target)}: every target word linked to the source word that it looked at most."""
+    if attention.dim() != 2:
+        raise ValueError(f"attention must be (T, S), of one sentence pair, got shape {tuple(attention.shape)}")
     return {(s, t) for t, s in enumerate(attention.argmax(-1).tolist())}
 
 
@@ -125,12 +131,13 @@ def alignment_error_rate(links: Sequence[set[tuple[int, int]]], pairs: Sequence[
     """1 - (|A & sure| + |A & possible|) / (|A| + |sure|) over all pairs, A the links: 0 is best.
 
     Och & Ney 2003, section 4.1. Links of a word without meaning, "and" say, to what it stands beside are possible:
-    they may be found or not. Raises ValueError unless every pair has its links, and some link is sure.
+    they may be found or not. A sure link is a possible one, too. Raises ValueError unless every pair has its links,
+    and some link is sure.
     """
     sure = sum(len(pair.sure) for pair in pairs)
     if len(links) != len(pairs) or not sure:
         raise ValueError(f"{len(links)} sets of links for {len(pairs)} pairs with {sure} sure links")
-    agreed = sum(len(a & pair.sure) + len(a & pair.possible) for a, pair in zip(links, pairs))
+    agreed = sum(len(a & pair.sure) + len(a & (pair.sure | pair.possible)) for a, pair in zip(links, pairs))
     return 1 - agreed / (sum(len(a) for a in links) + sure)
 
 

@@ -202,7 +202,7 @@ class FastLinear(TorchFunctionMode):
 
     @staticmethod
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, row: Callable | None = None) -> Tensor:
-        """``row``: the ``row_product`` of this weight and bias, where it is had already."""
+        """``row``: row_product(weight, bias), from a caller that keeps it; None: it is made anew for one row."""
         rows = input.shape[:-1].numel()
         if rows == 1:
             row = row or row_product(weight, bias)
@@ -219,16 +219,16 @@ class FastLinear(TorchFunctionMode):
 
 
 def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """The fastest function from one row x (1, in) to x W^T + b (1, out), for weight (out, in)."""
+    """A function from one row x (1, in) to x W^T + b (1, out), the fastest for this weight (out, in)."""
     # Below 1 MB another core brings less than it costs to wake it.
     is_cut = weight.dtype == torch.float32 and weight.numel() >= 2**18 and torch.get_num_threads() > 1
     return row_in_parts(weight, bias) if is_cut else lambda x: F.linear(x, weight, bias)
 
 
 def row_in_parts(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """``row_product`` in as many parts at once as torch has threads: a product of one row is left to one core, which
-    cannot read W as fast as memory gives it. Beside other work on all cores each part waits for the slowest; there
-    OMP_NUM_THREADS=1 is faster."""
+    """``row_product`` in as many parts at once as torch has threads: torch leaves a product of one row to one core,
+    which cannot read W as fast as memory gives it. Beside other work on all cores each part waits for the slowest;
+    there OMP_NUM_THREADS=1 is faster."""
     P, (out, width) = torch.get_num_threads(), weight.shape
     if weight.is_contiguous():  # each part makes some of the outputs
         n = out // P
@@ -254,10 +254,11 @@ def row_in_parts(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor
 
 @contextlib.contextmanager
 def fast_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, the linear layers of a model on a CPU multiply by ``FastLinear.linear``. Under FastLinear itself every
-    function of torch is looked at, which takes longer than it saves where all products are of one row."""
+    """Inside, a model's linear layers on a CPU, and its experts at one token, multiply by ``FastLinear.linear``; the
+    weights must stay where they are. FastLinear itself looks at every function of torch that is called, which takes
+    longer than it saves where all products are of one row."""
     layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
-    experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's
+    experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE
     for m in layers:
         row = row_product(m.weight, m.bias)
         m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias, row=row)
@@ -574,5 +575,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         parser.exit(130, "\n")
     # torch reports an unusable device as a RuntimeError, or an AssertionError if it was built without it
-    except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0][:200])
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -520,5 +521,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
 
 
 if __name__ == "__main__":
-    from attention_traffic import main  # what it saves: bytes by formula and counted, memory and time measured
+    try:
+        from attention_traffic import main  # what it saves: bytes by formula and counted, memory and time measured
+    except ImportError as error:
+        print(f"flash_attn.py: {error}: copy that file beside this one", file=sys.stderr)
+        sys.exit(2)
     main("flash_attn.py")

@@ -114,7 +114,7 @@ def _within_capacity(chosen: Tensor, E: int, capacity: int) -> Tensor:
 
 def naive_experts(x: Tensor, assigned: Assignments, gate_up: Tensor, down: Tensor,
                   linear: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
-    """The formula, one visit at a time."""
+    """The formula, one visit at a time. ``linear``(x (in,), W (out, in)) is W x (out,)."""
     gate_up, down = gate_up.unbind(), down.unbind()  # E matrices each
     y = [torch.zeros_like(row) for row in x]
     for token, expert, weight in zip(assigned.token.tolist(), assigned.expert.tolist(), assigned.weight):
@@ -241,7 +241,7 @@ class MoE(nn.Module):
         balance, z: weights of the two losses, to be had from ``auxiliary_loss``.
         per_sequence: balance within each of the B sequences (DeepSeek-V2) instead of over all tokens at once.
         scale: factor of sigmoid weights.
-        compute: naive_experts or grouped_experts.
+        compute: naive_experts or grouped_experts; a single token on a CPU is always naive_experts'.
         like: names of its tensors in files, "mixtral" or "olmoe"; None: by the router.
 
     Raises ValueError for sizes that cannot be, an unknown router, input of another width.
@@ -266,7 +266,7 @@ class MoE(nn.Module):
         self.n_experts, self.k, self.kind, self.scale = n_experts, k, router, scale
         self.capacity_factor, self.balance, self.z, self.per_sequence = capacity_factor, balance, z, per_sequence
         self.compute, self.group = compute, None
-        self.linear = F.linear  # an expert's at one token; who decodes may put a faster one here
+        self.linear = F.linear  # of an expert, for one token on a CPU; decode.py puts a faster one here for a while
         self.like = like or {"softmax_after": "mixtral", "softmax_before": "olmoe"}.get(router)
         self.router = nn.Linear(d_model, n_experts, bias=False)
         # A parameter, to be saved and loaded like all others, but not the optimizer's: see ``update_biases``.

@@ -3,7 +3,8 @@ Gopher: Rae et al. 2021 (2112.11446), appendix A.1
 
 Idea      Most of a crawl is menus, code and lists. C4 throws away lines and pages by simple rules, Gopher adds
           statistics of words and repetitions. In what is left, addresses and telephone numbers are masked.
-Formula   page is kept  <=>  all of C4's and Gopher's rules hold of its lines and words; the longest of these rules:
+Formula   line is kept  <=>  C4's rules for lines hold of it
+          page is kept  <=>  C4's and Gopher's rules for pages hold of the lines that are kept; the longest of these:
           n = 2, 3, 4   characters in the most frequent n-gram of words / all characters      <= 0.20, 0.18, 0.16
           n = 5 .. 10   characters in n-grams of words that occur more than once / all        <= 0.15 .. 0.10
 Shapes    a page is a str, a line never contains its line end

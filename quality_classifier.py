@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import os
 import uuid
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,18 +33,26 @@ from torch import Tensor
 # --- 1. how well scores tell two classes apart ------------------------------------------------
 
 def roc_auc_naive(trusted: np.ndarray, raw: np.ndarray) -> float:
-    """The share of pairs (trusted, raw) whose first score is higher; ties count half: (n,), (m,) -> 0 .. 1."""
+    """The share of pairs (trusted, raw) whose first score is higher; ties count half: (n,), (m,) -> 0 .. 1.
+    Raises ValueError where there are no pairs."""
+    _check_scores(trusted, raw)
     trusted, raw = trusted[:, None], raw[None, :]  # (n, 1), (1, m)
     return float(((trusted > raw) + 0.5 * (trusted == raw)).mean())
 
 
 def roc_auc(trusted: np.ndarray, raw: np.ndarray) -> float:
-    """The share of pairs (trusted, raw) whose first score is higher; ties count half. By ranks, not pairs."""
+    """``roc_auc_naive`` by ranks, which takes a sort instead of n m comparisons."""
+    _check_scores(trusted, raw)
     scores = np.concatenate([trusted, raw])
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # mean rank of equal scores, from 1
     n, m = len(trusted), len(raw)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def _check_scores(trusted: np.ndarray, raw: np.ndarray) -> None:
+    if not len(trusted) or not len(raw):
+        raise ValueError(f"ROC AUC compares scores of two classes, got {len(trusted)} trusted and {len(raw)} raw")
 
 
 # --- 2. GPT-3's classifier --------------------------------------------------------------------
@@ -54,9 +63,13 @@ class QualityClassifier:
     Args:
         n_buckets: words that fall in one bucket share a weight.
         l2: how much |w|^2 / 2 counts beside the mean loss of a document.
+
+    Raises ValueError without buckets, or for a negative l2.
     """
 
     def __init__(self, n_buckets: int = 2**18, l2: float = 1e-4):
+        if n_buckets < 1 or l2 < 0:
+            raise ValueError(f"n_buckets must be at least 1 and l2 at least 0, got {n_buckets} and {l2}")
         self.n_buckets, self.l2 = n_buckets, l2
         self.weights, self.bias = np.zeros(n_buckets, dtype=np.float32), 0.0
         self._bucket: dict[str, int] = {}
@@ -106,16 +119,16 @@ class QualityClassifier:
         return self
 
     def score(self, text: str) -> float:
-        """p, in (0, 1): how much like trusted text."""
+        """p, 0 .. 1: how much like trusted text."""
         buckets, values = self.features(text)
         return float(1 / (1 + np.exp(-(self.bias + np.float64(self.weights[buckets] @ values)))))
 
     def keeps(self, text: str, alpha: float = 9.0) -> bool:
         """pareto(alpha) > 1 - p, the random number drawn from the text itself: the same in every run."""
-        # Not data.document_hash, which decides who is held out: the two draws must not depend on each other.
+        # A hash of its own ("person"): what is kept must not depend on what another hash of the text holds out.
         digest = hashlib.blake2b(text.encode(), digest_size=7, person=b"pareto").digest()
         uniform = (int.from_bytes(digest, "big") // 8 + 0.5) / 2**53
-        return uniform ** (-1 / alpha) - 1 > 1 - self.score(text)
+        return uniform < (2 - self.score(text)) ** -alpha  # as pareto is uniform^(-1 / alpha) - 1
 
     def save(self, path: str | os.PathLike) -> None:
         """Weights and bias as .npz, written beside and renamed. ValueError if it cannot be written there."""
@@ -132,21 +145,25 @@ class QualityClassifier:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "QualityClassifier":
-        """What `save` wrote."""
-        with np.load(path) as saved:
-            made = cls(len(saved["weights"]), float(saved["l2"]))
-            made.weights, made.bias = saved["weights"], float(saved["bias"])
+        """What `save` wrote; ValueError for any other file."""
+        try:
+            with np.load(path) as saved:
+                made = cls(len(saved["weights"]), float(saved["l2"]))
+                made.weights, made.bias = saved["weights"], float(saved["bias"])
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: cannot be read as a classifier ({error!r}): fit one, and save it anew") from None
         return made
 
 
 def held_out_auc(trusted: Sequence[str], raw: Sequence[str]) -> float:
-    """ROC AUC on the fifth of the documents that a classifier, fitted to the rest, has not seen."""
+    """ROC AUC on the fifth of the documents that a classifier, fitted to the rest, has not seen.
+    Raises ValueError if a class has none to fit, or none to hold out."""
     def is_held_out(text: str) -> bool:
         return hashlib.blake2b(text.encode(), digest_size=8, person=b"auc").digest()[0] < 51
 
     sides = [[[t for t in dict.fromkeys(texts) if is_held_out(t) == side] for texts in (trusted, raw)]
              for side in (False, True)]
-    if not all(map(all, sides)):
+    if not all(texts for side in sides for texts in side):
         raise ValueError(f"{len(trusted)} trusted and {len(raw)} raw texts are too few to hold some out: give more")
     classifier = QualityClassifier().fit(*sides[0])
     return roc_auc(*(np.array([classifier.score(text) for text in texts]) for texts in sides[1]))
@@ -166,6 +183,7 @@ def main(data: str | None, trusted: str | None, alpha: float) -> None:
     raw = [page for page in pages if page not in known]
     auc = held_out_auc(good, raw)
     classifier = QualityClassifier().fit(good, raw)
+    print("scored by a classifier that was fitted to all of them:")
     for name, texts in (("trusted", good), ("raw", raw)):
         p = np.array([classifier.score(text) for text in texts])
         kept = np.mean([classifier.keeps(text, alpha) for text in texts])

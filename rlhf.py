@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -496,5 +497,9 @@ def _batch_statistics(batch: Experience, returns: Tensor, values: Tensor,
 
 
 if __name__ == "__main__":
-    from overoptimisation import main  # PPO against a reward that is learned, with and without the penalty
+    try:
+        from overoptimisation import main  # PPO against a reward that is learned, with and without the penalty
+    except ImportError as error:
+        print(f"rlhf.py: {error}: copy that file beside this one", file=sys.stderr)
+        sys.exit(2)
     main("rlhf.py")

@@ -28,7 +28,7 @@ import tempfile
 import time
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,27 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+@contextlib.contextmanager
+def _writing(path: str | os.PathLike) -> Iterator[None]:
+    """What the system says of a file, as a ShardError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be written ({error.strerror}): check the folder, its permissions and the "
+                         "room on the disk") from None
+
+
+def _rename(beside: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Give it its name, and return when that, too, is on the disk."""
+    os.replace(beside, path)
+    with contextlib.suppress(OSError):  # not every system opens a folder
+        descriptor = os.open(Path(path).parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 class ShardWriter:
     """Documents into one file, one at a time; 8 bytes per document are held in memory.
 
@@ -63,21 +84,15 @@ class ShardWriter:
     def __init__(self, path: str | os.PathLike, vocab_size: int):
         if not 1 <= vocab_size < 2**32:
             raise ValueError(f"vocab_size must be in 1 .. 2^32 - 1, got {vocab_size}")
-        self.path, self.vocab_size, self.ends, self.n_tokens = os.fspath(path), vocab_size, array("Q"), 0
+        self.path, self.vocab_size, self.ends, self.n_tokens = os.fsdecode(path), vocab_size, array("Q"), 0
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._beside, self._hash = f"{self.path}.{uuid.uuid4().hex}.tmp", hashlib.blake2b(digest_size=16)
 
     def __enter__(self) -> "ShardWriter":
-        try:
+        with _writing(self.path):
             self._file = open(self._beside, "wb")
             self._file.write(bytes(HEADER_BYTES))
-        except OSError as error:
-            raise self._unwritable(error) from None
         return self
-
-    def _unwritable(self, error: OSError) -> ShardError:
-        return ShardError(f"{self.path}: cannot be written ({error.strerror}): check the folder, its permissions "
-                          "and the room on the disk")
 
     def add(self, document: Sequence[int] | np.ndarray) -> None:
         """One document, (n,) tokens with n >= 1; its end-of-text token, if it has one, is among them."""
@@ -89,14 +104,12 @@ class ShardWriter:
                              f"0 .. {self.vocab_size - 1}")
         self.n_tokens += len(tokens)
         self.ends.append(self.n_tokens)
-        self._write(tokens.astype(self.dtype).tobytes())
+        self._write(tokens.astype(self.dtype))
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | np.ndarray) -> None:
         self._hash.update(data)
-        try:
+        with _writing(self.path):
             self._file.write(data)
-        except OSError as error:
-            raise self._unwritable(error) from None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
@@ -104,17 +117,16 @@ class ShardWriter:
                 if not self.ends:
                     raise ShardError(f"{self.path}: no documents to write: give at least one")
                 self._write(bytes(-self.n_tokens * self.dtype.itemsize % 8))
-                self._write(np.array(self.ends, dtype="<u8").tobytes())
+                self._write(np.frombuffer(self.ends, dtype=np.uint64).astype("<u8", copy=False))
                 header = HEADER.pack(MAGIC, len(self.ends), self.n_tokens, self.vocab_size, self.dtype.itemsize,
                                      self._hash.digest())
-                self._file.seek(0)
-                self._file.write(header + _digest(header))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._beside, self.path)
-        except OSError as failure:
-            raise self._unwritable(failure) from None
+                with _writing(self.path):
+                    self._file.seek(0)
+                    self._file.write(header + _digest(header))
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
+                    _rename(self._beside, self.path)
         finally:
             with contextlib.suppress(OSError):  # a full disk, which is said already, fails once more
                 self._file.close()
@@ -132,7 +144,8 @@ def write_shard(path: str | os.PathLike, documents: Iterable[Sequence[int]], voc
 class TokenShard(Sequence):
     """The documents of one file: ``shard[i]`` is document i, (n_i,) tokens of the map, nothing copied.
 
-    ``tokens`` (N,) is the line of all, ``lengths`` (documents,) int64, ``vocab_size`` what they are below.
+    ``tokens`` (N,) is the line of all, ``lengths`` (documents,) int64, ``vocab_size`` what they are below. Given to
+    another process, as a DataLoader does, it is mapped there again and not copied.
     """
 
     def __init__(self, path: str, tokens: np.ndarray, ends: np.ndarray, vocab_size: int):
@@ -145,6 +158,9 @@ class TokenShard(Sequence):
     def __len__(self) -> int:
         return len(self.ends)
 
+    def __reduce__(self) -> tuple:
+        return open_shard, (os.path.abspath(self.path), False)
+
     def __getitem__(self, i: int) -> np.ndarray:
         i = range(len(self))[i]
         return self.tokens[int(self.ends[i - 1]) if i else 0:int(self.ends[i])]
@@ -154,7 +170,7 @@ def open_shard(path: str | os.PathLike, verify: bool = True) -> TokenShard:
     """The documents of a file that ShardWriter wrote, mapped. ``verify`` reads it once (about 1 GB/s, in small
     blocks) and compares the checksum; without it, only the header's checksum and the file's length are.
     Raises ShardError, which names the file: missing, foreign, cut short, or a checksum that fails."""
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     try:
         with open(path, "rb") as file:
             head, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
@@ -174,9 +190,10 @@ def open_shard(path: str | os.PathLike, verify: bool = True) -> TokenShard:
                     found.update(block)
                 if found.digest() != digest:
                     raise ShardError(f"{path}: the checksum of the tokens fails: damaged: copy or write the file again")
+            # This file and not what may bear its name by now.
+            whole = np.memmap(file, dtype=np.uint8, mode="r")
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-    whole = np.memmap(path, dtype=np.uint8, mode="r")
     tokens = whole[HEADER_BYTES:HEADER_BYTES + n_tokens * itemsize].view(f"<u{itemsize}")
     # A plain view of the map: its slices are cheaper.
     return TokenShard(path, np.asarray(tokens), np.asarray(whole[HEADER_BYTES + padded:].view("<u8")), vocab_size)
@@ -207,18 +224,20 @@ def write_split(folder: str | os.PathLike, documents: Iterable[str], encode: Cal
     beside = Path(f"{folder}.{uuid.uuid4().hex}.tmp")
     names = ("train.tokens", "validation.tokens")
     try:
-        beside.mkdir()
+        with _writing(folder):
+            beside.mkdir()
         with ShardWriter(beside / names[0], vocab_size) as train, ShardWriter(beside / names[1], vocab_size) as rest:
             for document in documents:
                 side = rest if document_hash(document) < held_out else train
-                side.add(np.append(np.asarray(encode(document), dtype=np.int64), eot))
+                tokens = encode(document)
+                side.add(np.concatenate((tokens, [eot])) if len(tokens) else [eot])
             if not train.ends or not rest.ends:
                 raise ShardError(f"{folder}: {len(train.ends)} documents to train on, {len(rest.ends)} held out with "
                                  f"held_out {held_out}: give more documents or another held_out")
-        os.rename(beside, folder)
-    except OSError as error:
-        raise ShardError(f"{folder}: cannot be written ({error.strerror}): check the folder, its permissions and the "
-                         "room on the disk") from None
+        with _writing(folder):
+            _rename(beside, folder)
+    except ShardError as error:  # the reader knows the folder by its name
+        raise ShardError(str(error).replace(str(beside), str(folder))) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return open_shard(folder / names[0], verify=False), open_shard(folder / names[1], verify=False)

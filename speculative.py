@@ -10,9 +10,11 @@ Formula   keep the guess x ~ q with probability min(1, p(x) / q(x)), else draw f
           The token is distributed as p, whatever q is. A guess is kept with probability
           a = sum q min(1, p / q) = sum min(p, q), and sum max(0, p - q) = sum (p - min(p, q)) = 1 - a, so
           P(x) = q(x) min(1, p(x) / q(x)) + (1 - a) r(x) = min(p(x), q(x)) + max(0, p(x) - q(x)) = p(x)
-          and the next token, given this one, in the same way: by the chain rule, so is the whole text.
-          Token i + 1 of a round comes if i guesses are kept: a call brings, if a is the same at each position,
-          1 + a + ... + a^k = (1 - a^(k+1)) / (1 - a) tokens, in the time of 1 + k c calls if a guess takes c of one
+          and so is the next token, given this one: in the same way if there is a guess for it, drawn from p itself
+          behind the last guess. By the chain rule the whole text is distributed as p's.
+          Token i + 1 of a round comes if i guesses are kept, with probability a^i if a is the same at each position:
+          a call brings 1 + a + ... + a^k = (1 - a^(k+1)) / (1 - a) tokens on average, in the time of 1 + k c calls
+          if a guess takes c of one
 Shapes    p, q (V,) at one position; a model's tokens (1, T) -> logits (1, T, V)
 Omits     batches of several texts; trees of guesses; drafts that are a part of the target; a k that adapts.
 Run       python speculative.py    the rule on one position, the formula, a GPT with a table of pairs as its draft:
@@ -107,7 +109,9 @@ def checked(model: nn.Module, prompts: Prompts, max_new_tokens: int) -> tuple[li
     return rows, [min(max_new_tokens, context - len(row)) for row in rows]
 
 
-def _check_vocabularies(model: nn.Module, draft: nn.Module) -> None:
+def _check_draft(model: nn.Module, draft: nn.Module, draft_tokens: int) -> None:
+    if not hasattr(draft_tokens, "__index__") or draft_tokens < 0:
+        raise ValueError(f"draft_tokens must be a whole number and at least 0, got {draft_tokens}")
     sizes = [m.config.vocab_size for m in (model, draft)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"model and draft must share a vocabulary, got {sizes[0]} tokens and {sizes[1]}")
@@ -141,7 +145,7 @@ def last_logits(model: nn.Module, tokens: Tensor, cache, last: int = 1) -> Tenso
 
 class Speculation(NamedTuple):
     """accepted / drafted is less than the acceptance a: guesses behind a refused one are lost without a look."""
-    tokens: list[int]
+    tokens: list[int]  # the new ones
     drafted: int
     accepted: int
     target_calls: int
@@ -153,11 +157,11 @@ def naive_speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int],
                       generator: torch.Generator | None = None,
                       probabilities: Callable[[Tensor, Prompts], Tensor] = at_temperature(1.0)) -> Speculation:
     """``speculative`` without caches: every call runs its model on the whole text again. The same generator draws the
-    same tokens."""
-    _check_vocabularies(model, draft)
+    same tokens, up to the rounding of near ties."""
+    _check_draft(model, draft, draft_tokens)
     (text,), (limit,) = checked(model, [prompt], max_new_tokens)
-    device, begin, end, stop_tokens = next(model.parameters()).device, len(text), len(text) + limit, set(stop_tokens)
-    drafted, accepted, calls = 0, 0, 0
+    device, begin, end = next(model.parameters()).device, len(text), len(text) + limit
+    stop_tokens, drafted, accepted, calls = set(map(int, stop_tokens)), 0, 0, 0
 
     def distributions(m: nn.Module, text: list[int], last: int) -> Tensor:  # behind the last prefixes: (last, V)
         logits = m(torch.tensor([text], device=device))[0, -last:]
@@ -170,7 +174,7 @@ def naive_speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int],
         while len(text) < end and goes_on(text):
             guess, q = list(text), []
             # The model's own token ends the round, so guess at most one less than may come.
-            while len(q) < draft_tokens and len(guess) < min(end - 1, draft.config.context) and goes_on(guess):
+            while len(q) < draft_tokens and len(guess) < min(end - 1, draft.config.context + 1) and goes_on(guess):
                 q.append(distributions(draft, guess, 1)[0])  # (V,)
                 guess.append(int(torch.multinomial(q[-1], 1, generator=generator)))
             p = distributions(model, guess, len(q) + 1)  # (guesses + 1, V)
@@ -197,16 +201,16 @@ def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_n
     """Tokens distributed as those that the model draws alone from the same ``probabilities``, in fewer calls of it.
 
     Leviathan et al. 2023, algorithm 1; Chen et al. 2023 (2302.01318), algorithm 2. The draft guesses
-    ``draft_tokens`` tokens (0: none) one by one, the model checks them in one pass. The text ends with the first of
-    ``stop_tokens`` (which it keeps), after ``max_new_tokens``, or where prompt and text fill the model's context. A
-    model is anything with ``config.vocab_size``, ``config.context``, ``model(tokens, cache)`` and ``new_cache``, whose
-    cache knows its ``length`` and can ``truncate``. The generator (None: torch's global one) is on the model's device.
-    Raises ValueError as ``checked``, or if the two vocabularies differ in size.
+    ``draft_tokens`` tokens (0: none) one by one, the model checks them in one pass; beyond the draft's context it goes
+    on alone. The text ends with the first of ``stop_tokens`` (which it keeps), after
+    ``max_new_tokens``, or where prompt and text fill the model's context. A model is anything with
+    ``config.vocab_size``, ``config.context``, parameters, ``model(tokens, cache)`` and ``new_cache``, whose cache knows
+    its ``length`` and can ``truncate``. Both and the generator (None: torch's global one) are on one device.
+    Raises ValueError as ``checked``, for a ``draft_tokens`` below 0, or if the two vocabularies differ in size.
     """
-    _check_vocabularies(model, draft)
-    stop_tokens = set(stop_tokens)
+    _check_draft(model, draft, draft_tokens)
     ((prompt,), (limit,)), device = checked(model, [prompt], max_new_tokens), next(model.parameters()).device
-    new, drafted, accepted, calls = [], 0, 0, 0
+    new, stop_tokens, drafted, accepted, calls = [], set(map(int, stop_tokens)), 0, 0, 0
     with evaluating(model), evaluating(draft):
         caches = [m.new_cache(1, len(prompt) + limit) for m in (model, draft)]
 
@@ -217,7 +221,7 @@ def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_n
             guess, q = prompt + new, []
             known = len(guess)
             # The model's own token ends the round, so guess at most one less than may come.
-            for _ in range(min(draft_tokens, limit - len(new) - 1, draft.config.context - known)):
+            for _ in range(min(draft_tokens, limit - len(new) - 1, draft.config.context + 1 - known)):
                 logits = next_logits(draft, missing(caches[1], guess), caches[1])[:, 0]  # (1, V)
                 q.append(probabilities(logits, [guess])[0])  # (V,)
                 guess.append(int(torch.multinomial(q[-1], 1, generator=generator)))
@@ -225,16 +229,15 @@ def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_n
                     break
             logits = next_logits(model, missing(caches[0], guess), caches[0], len(q) + 1)[0]  # (guesses + 1, V)
             p = probabilities(logits, [guess[:known + i] for i in range(len(q) + 1)])
-            drafted, calls = drafted + len(q), calls + 1
-            last = p[-1]  # if every guess is accepted, one more token comes for nothing
+            drafted, calls, kept = drafted + len(q), calls + 1, True
             for p_i, q_i, token in zip(p, q, guess[known:]):
-                if torch.rand((), generator=generator, device=device) * q_i[token] >= p_i[token]:
-                    last = residual(p_i, q_i)
-                    break
-                accepted += 1
+                token, kept = accept_or_replace(p_i, q_i, token, generator)
+                accepted += kept
                 new.append(token)
-            if stop_tokens.isdisjoint(new[-1:]):
-                new.append(int(torch.multinomial(last, 1, generator=generator)))
+                if not kept:
+                    break
+            if kept and stop_tokens.isdisjoint(new[-1:]):  # one more token comes for nothing
+                new.append(int(torch.multinomial(p[-1], 1, generator=generator)))
             for cache in caches:
                 cache.truncate(len(prompt) + len(new) - 1)
     return Speculation(new, drafted, accepted, calls)
@@ -243,7 +246,8 @@ def speculative(model: nn.Module, draft: nn.Module, prompt: Sequence[int], max_n
 # --- 5. the cheapest draft ----------------------------------------------------------------------
 
 class Bigram(nn.Module):
-    """What follows a token depends on it alone: ``logits`` (V, V), a row for each token. A draft that costs nothing."""
+    """What follows a token depends on it alone: ``logits`` (V, V), a row for each token. A draft that costs nothing.
+    ``embed``, ``blocks`` (there are none) and ``head`` are what decode.py asks of a model beside the rest."""
 
     def __init__(self, logits: Tensor, context: int):
         super().__init__()

@@ -23,6 +23,7 @@ Test      pytest tests/test_zero.py
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -454,5 +455,9 @@ class ZeRO:
 # --- 3. demo: zero_memory.py, beside this file ---------------------------------------------------------
 
 if __name__ == "__main__":
-    from zero_memory import main  # every stage beside one process, and its bytes beside the formula
+    try:
+        from zero_memory import main  # every stage beside one process, and its bytes beside the formula
+    except ImportError as error:
+        print(f"zero.py: {error}: copy that file beside this one", file=sys.stderr)
+        sys.exit(2)
     main("zero.py")

@@ -20,6 +20,14 @@ def test_counted_traffic_equals_the_formula(T, S, tile, is_causal):
     assert sum(traffic) == tiled_traffic(T, S, 8, tile, is_causal)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_counted_traffic_equals_the_formula_in_every_type(dtype):
+    q, k, v = torch.randn(3, 1, 1, 40, 8, dtype=dtype)
+    traffic = []
+    tiled_forward(q, k, v, Options(), (16, 16), traffic)
+    assert sum(traffic) == tiled_traffic(40, 40, 8, (16, 16), itemsize=dtype.itemsize)
+
+
 def test_traffic_is_quadratic_naively_and_falls_with_fast_memory():
     assert naive_traffic(2048, 2048, 64) / naive_traffic(1024, 1024, 64) == pytest.approx(4, rel=0.1)
     moved = [tiled_traffic(4096, 4096, 64, (tile_size(M, 64),) * 2, False) for M in (64 * 1024, 256 * 1024)]
@@ -59,6 +67,11 @@ def test_demo_counts_compares_and_draws(program, tmp_path):
     last = found.stdout.splitlines()[-1]
     assert re.search(r"counted = formula: True;   max \|tiled - torch\| = \S+ of the largest: OK", last)
     assert picture.stat().st_size > 1000 and "(1, 3, T, 16), causal, bfloat16" in found.stdout
+
+
+def test_demo_judges_one_key_by_the_largest_number():
+    found = run_here(["attention_traffic.py", "--lengths", 1])  # dq and dk are 0 up to rounding
+    assert re.search(r"counted = formula: True; .* of the largest: OK", found.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("program", ["attention_traffic.py", "flash_attn.py"])

@@ -48,6 +48,9 @@ def test_exact_match_is_a_share_and_scores_need_references():
         for ours, theirs in ((["a"], []), ([], []), (["a"], ["a", "b"])):
             with pytest.raises(ValueError, match=f"{len(ours)} translations cannot be scored against {len(theirs)}"):
                 score(ours, theirs)
+        for ours, theirs in (("the cat", "the cat"), (["a"], [["a", "b"]]), (["a"], "a"), ([None], ["a"]), ([b"a"], ["a"])):
+            with pytest.raises(ValueError, match="must be lists of strings"):
+                score(ours, theirs)
 
 
 def test_alignment_error_rate_matches_counting_by_hand():
@@ -57,10 +60,13 @@ def test_alignment_error_rate_matches_counting_by_hand():
     assert alignment_error_rate([{(0, 0), (2, 2)}], [pair]) == pytest.approx(1 - (1 + 1) / (2 + 2))
     assert alignment_error_rate([{(2, 1), (0, 2)}, {(0, 0)}], [pair, pair]) == pytest.approx(1 - (0 + 1 + 1 + 1) / (3 + 4))
     assert alignment_error_rate([set()], [pair]) == 1
+    assert alignment_error_rate([{(0, 0)}], [Pair(["a"], ["x"], frozenset({(0, 0)}))]) == 0  # sure, so possible
     assert attention_links(torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.4, 0.6]])) == {(1, 0), (0, 1), (1, 2)}
     for links, pairs in (([], [pair]), ([{(0, 0)}], [Pair(["a"], ["b"])])):
         with pytest.raises(ValueError, match="sets of links for 1 pairs"):
             alignment_error_rate(links, pairs)
+    with pytest.raises(ValueError, match=r"must be \(T, S\), .* got shape \(1, 2, 3\)"):
+        attention_links(torch.zeros(1, 2, 3))
 
 
 # --- the program ---

@@ -173,3 +173,10 @@ def test_a_cure_stands_behind_a_colon_and_seeds_have_one_range():
         found = re.findall(rf'{message}; (?:"\n +f?")?{cure}.*|.*--seed .*0 \.\. 2\^(?!32).*', source, re.MULTILINE)
         wrong += [f"{path.name}: {line.strip()}" for line in found]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("stem", sorted(set(CONCEPTS) - {TOP}))
+def test_a_program_expects_that_its_neighbours_may_be_missing(stem):
+    source, imports = CONCEPTS[stem].read_text(), (ast.Import, ast.ImportFrom)
+    names = set().union(*(imported(node) for node in ast.walk(tree_of(stem)) if isinstance(node, imports)))
+    assert not names & set(CONCEPTS) or "ImportError" in source

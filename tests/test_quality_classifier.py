@@ -30,6 +30,9 @@ def test_roc_auc_matches_mann_whitney():
         for auc in (roc_auc, roc_auc_naive):
             assert auc(np.array(a), np.array(b)) == pytest.approx(statistic / (len(a) * len(b)), abs=1e-12)
     assert roc_auc(np.array([2.0, 3.0]), np.array([1.0])) == 1
+    for auc in (roc_auc, roc_auc_naive):
+        with pytest.raises(ValueError, match="got 0 trusted and 1 raw"):
+            auc(np.array([]), np.array([1.0]))
 
 
 def test_features_are_a_bag_of_hashed_words_of_length_one():
@@ -72,6 +75,16 @@ def test_classifier_tells_the_classes_apart_and_is_deterministic(tmp_path):
         with pytest.raises(ValueError, match=f"^{place}: cannot be written .*{why}"):
             one.save(place)
     assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "short.npz").write_bytes((tmp_path / "c.npz").read_bytes()[:1000])
+    (tmp_path / "empty.npz").touch()
+    np.save(tmp_path / "other.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", a=1)
+    for name in ("short.npz", "empty.npz", "other.npy", "other.npz", "none.npz"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as a classifier"):
+            QualityClassifier.load(tmp_path / name)
+    for wrong in ({"n_buckets": 0}, {"l2": -1.0}):
+        with pytest.raises(ValueError, match="must be at least 1 and l2 at least 0"):
+            QualityClassifier(**wrong)
     for classes in ((trusted, []), ([], raw)):
         with pytest.raises(ValueError, match="needs texts of both classes"):
             one.fit(*classes)
@@ -87,6 +100,7 @@ def test_pareto_noise_keeps_the_share_of_the_formula():
         expected = (2 - p) ** -9.0  # P(pareto > x) = (1 + x)^-alpha at x = 1 - p
         assert abs(np.mean(kept) - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5 + 1e-9  # 4 standard deviations
         assert kept[:200] == [classifier.keeps(f"document {i}") for i in range(200)]
+    assert all(classifier.keeps(f"document {i}", alpha=1e-3) for i in range(20))  # a pareto beyond a float's range
     # numpy's pareto is the one that GPT-3's appendix calls
     assert abs(np.mean(np.random.RandomState(0).pareto(9, 10**5) > 0.5) - 1.5**-9.0) < 0.002
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import pickle
 import re
 import runpy
 import signal
+import stat
 import sys
 import warnings
 
@@ -54,20 +56,57 @@ def test_shard_is_mapped_and_not_read(tmp_path):
     assert shard[1].tolist() == [7, 8, 9] and len(shard[2]) == n // 2 - 3
 
 
-@pytest.mark.parametrize("place", ["magic", "counts", "header checksum", "tokens", "padding", "ends", "last"])
-def test_shard_with_any_flipped_bit_is_refused_by_name(tmp_path, place):
+def test_shard_with_any_flipped_bit_or_cut_anywhere_is_refused_by_name(tmp_path):
     path = tmp_path / "a.tokens"
     write_shard(path, [[1, 2, 3], [4, 5]], 300)
-    content = bytearray(path.read_bytes())
-    content[{"magic": 0, "counts": 9, "header checksum": 60, "tokens": 66, "padding": 75, "ends": 82, "last": -1}[place]] ^= 16
-    path.write_bytes(content)
-    with pytest.raises(ShardError, match=f"^{path}: .*(checksum|no file of tokens)"):
-        open_shard(path)
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ShardError, match=f"^{path}: .*(checksum|no file of tokens)"):
+            open_shard(path)
+    for n in range(len(content)):
+        path.write_bytes(content[:n])
+        with pytest.raises(ShardError, match=f"^{path}: .*(checksum of the header|no file of tokens|cut short)"):
+            open_shard(path, verify=False)
+
+
+def test_what_is_mapped_is_the_file_that_was_checked(tmp_path, monkeypatch):
+    """Though another takes its name in between."""
+    write_shard(tmp_path / "a.tokens", [[1] * 10], 300)
+
+    def late(*arguments, real=np.memmap, **options):
+        monkeypatch.setattr(np, "memmap", real)
+        write_shard(tmp_path / "a.tokens", [[2] * 20], 300)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(np, "memmap", late)
+    assert [document.tolist() for document in open_shard(tmp_path / "a.tokens")] == [[1] * 10]
+    assert [document.tolist() for document in open_shard(tmp_path / "a.tokens")] == [[2] * 20]
+
+
+def test_shard_goes_to_another_process_without_its_tokens(tmp_path):
+    shard = write_shard(tmp_path / "a.tokens", [[7] * 10_000, [8]], 300)
+    sent = pickle.dumps(shard)
+    assert len(sent) < 1000 and [d.tolist() for d in pickle.loads(sent)] == [[7] * 10_000, [8]]
+
+
+def test_file_and_then_its_name_are_forced_to_disk(tmp_path, monkeypatch):
+    forced = []
+
+    def fsync(descriptor):
+        forced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), (tmp_path / "a.tokens").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_shard(tmp_path / "a.tokens", [[1]], 300)
+    assert forced == [(False, False), (True, True)]
 
 
 def test_shard_that_is_missing_short_or_foreign_is_refused_by_name(tmp_path):
     path = tmp_path / "a.tokens"
-    for expected in ("No such file", "no file of tokens", "no file of tokens", "header fails", "cut short", "cut short"):
+    reasons = "No such file", "no file of tokens", "no file of tokens", "header fails", "cut short", "cut short"
+    for expected in reasons:
         with pytest.raises(ShardError, match=f"^{path}: .*{expected}"):
             open_shard(path, verify=False)
         if not path.exists():
@@ -84,8 +123,9 @@ def test_shard_that_is_missing_short_or_foreign_is_refused_by_name(tmp_path):
             path.write_bytes(whole + b"x")
 
 
-@pytest.mark.parametrize("document, message", [([300], r"300 \.\. 300 are not all in the vocabulary, 0 \.\. 299"), ([-1, 2], r"-1 \.\. 2 are not"),
-                                               ([], r"n >= 1, got .* \(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float64")])
+@pytest.mark.parametrize("document, message", [
+    ([300], r"300 \.\. 300 are not all in the vocabulary, 0 \.\. 299"), ([-1, 2], r"-1 \.\. 2 are not"),
+    ([], r"n >= 1, got .* \(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float64")])
 def test_documents_that_are_no_tokens_leave_the_old_file(tmp_path, document, message):
     write_shard(tmp_path / "a.tokens", [[1]], 300)
     with pytest.raises(ValueError, match=message):
@@ -170,10 +210,29 @@ def test_split_is_whole_or_not_there(tmp_path):
         write_split(tmp_path / "out", ["a"], encode, 256, 257, 1.0)
     with pytest.raises(ShardError, match="no/out: cannot be written"):
         write_split(tmp_path / "no" / "out", ["a"], encode, 256, 257)
+    with pytest.raises(ValueError, match="float64"):
+        write_split(tmp_path / "out", ["a"], lambda text: [0.5, 1.5], 256, 257)
+    with pytest.raises(FileNotFoundError, match="no_such_source"):  # no fault of the folder
+        write_split(tmp_path / "out", (open(name) for name in ["no_such_source"]), encode, 256, 257)
     assert os.listdir(tmp_path) == []
     (tmp_path / "out").mkdir()
     with pytest.raises(ShardError, match="out: is there already"):
         write_split(tmp_path / "out", ["a"], encode, 256, 257)
+
+
+def test_split_of_empty_texts_is_their_end_of_text(tmp_path):
+    sides = write_split(tmp_path / "out", ["", *map(str, range(20))], lambda text: list(text.encode()), 256, 257, 0.5)
+    assert [256] in [document.tolist() for side in sides for document in side]
+
+
+def test_split_on_a_full_disk_names_the_folder(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ShardError, match=rf"^{tmp_path}/out/\w+.tokens: cannot be written \(No space left on device\)"):
+        write_split(tmp_path / "out", map(str, range(50)), lambda text: list(text.encode()), 256, 257, 0.5)
+    assert os.listdir(tmp_path) == []
 
 
 # --- the program --------------------------------------------------------------------------------
@@ -196,13 +255,13 @@ def test_flags_change_what_is_done(monkeypatch, capsys):
     for (status, printed, error), kills, share in zip(found, (1, 2), ("30", "60")):
         assert status == 0 and f"(expected about {share}.0%)" in printed, error
         assert "comes back: True" in printed and "on one only: True" in printed
-        assert re.search(rf"whole after a kill: {kills} of {kills}; .*refused by name: (\d+) of \1: OK\n$", printed), printed
+        assert re.search(rf"whole after a kill: {kills} of {kills}; .*by name: (\d+) of \1: OK\n$", printed), printed
     assert len({re.search(r"held out: (\d+)", printed)[1] for _, printed, _ in found}) == 2
 
 
 def test_verdict_is_wrong_when_damage_is_not_noticed(monkeypatch, capsys):
     """With a reader that leaves out the checksum of the tokens."""
     monkeypatch.setattr(data, "default_documents", lambda: [f"text number {i}" for i in range(40)])
-    monkeypatch.setattr(shards, "open_shard", lambda path, verify=True, real=shards.open_shard: real(path, verify=False))
+    monkeypatch.setattr(shards, "open_shard", lambda path, verify=True, real=open_shard: real(path, verify=False))
     shards.main(held_out=0.3, kills=1)
     assert re.search(r"refused by name: (\d+) of (?!\1\b)\d+: WRONG\n$", capsys.readouterr().out)

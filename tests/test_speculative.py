@@ -37,8 +37,8 @@ def distributions():
     draws = torch.randn(8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
     some, others = (torch.tensor(x, dtype=torch.float64) for x in ([0.5, 0.5, 0, 0], [0, 0.25, 0.75, 0]))
     one, other = torch.eye(4, dtype=torch.float64)[:2]
-    return [*zip(draws[::2], draws[1::2]), (draws[0], draws[0]), (some, others), (others, some), (one, other), (one, one),
-            (one, some), (some, one)]
+    return [*zip(draws[::2], draws[1::2]), (draws[0], draws[0]), (some, others), (others, some), (one, other),
+            (one, one), (one, some), (some, one)]
 
 
 @pytest.mark.parametrize("p, q", distributions())
@@ -53,7 +53,8 @@ def test_the_rule_keeps_the_targets_distribution_by_enumeration(p, q):
 @pytest.mark.parametrize("p, q", [distributions()[i] for i in (0, 4, 5, 7, 10)])
 def test_drawn_by_the_rule_tokens_follow_the_target_and_guesses_are_kept_as_often_as_said(p, q):
     generator, n = torch.Generator().manual_seed(1), 3000
-    drawn = [accept_or_replace(p, q, guess, generator) for guess in torch.multinomial(q, n, True, generator=generator).tolist()]
+    guesses = torch.multinomial(q, n, True, generator=generator).tolist()
+    drawn = [accept_or_replace(p, q, guess, generator) for guess in guesses]
     frequencies = torch.bincount(torch.tensor([token for token, _ in drawn]), minlength=len(p)) / n
     assert (frequencies[p == 0] == 0).all()
     assert ((frequencies - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()  # five standard errors
@@ -74,7 +75,8 @@ def test_expected_tokens_match_the_formula_and_a_simulation(a, k):
 def test_a_temperature_matches_sampling_and_a_bad_one_is_refused():
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
     for value in (0, 0.5, 1.0, 2.0):
-        torch.testing.assert_close(at_temperature(value)(logits, [[]] * 3), Sampling(value).probabilities(logits, [[]] * 3))
+        expected = Sampling(value).probabilities(logits, [[]] * 3)
+        torch.testing.assert_close(at_temperature(value)(logits, [[]] * 3), expected)
     assert at_temperature(1.0)(logits.bfloat16(), [[]] * 3).dtype == torch.float32
     for value in (-1.0, 1e-40, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"temperature must be .* got {value}"):
@@ -104,7 +106,8 @@ def test_speculative_greedy_matches_greedy(draft_tokens, stop_tokens):
 @pytest.mark.parametrize("next_logits", [speculative_decoding.last_logits, decode.next_logits])
 def test_cached_matches_naive_draw_by_draw(draft_tokens, stop_tokens, next_logits):
     model, runs = tiny(scale=4.0), []
-    options = dict(draft_tokens=draft_tokens, stop_tokens=stop_tokens, probabilities=Sampling(0.9, top_k=8).probabilities)
+    options = dict(draft_tokens=draft_tokens, stop_tokens=stop_tokens)
+    options |= dict(probabilities=Sampling(0.9, top_k=8).probabilities)
     pairs = Bigram(torch.randn(11, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 99)
     for draft, prompt in itertools.product((tiny(seed=1, scale=4.0), tiny(context=9, seed=2), pairs), PROMPTS):
         naive, fast = (f(model, draft, prompt, 40, generator=torch.Generator().manual_seed(3), **options, **more)
@@ -219,18 +222,33 @@ def test_speculative_refuses_bad_arguments():
     for function in (speculative, naive_speculative):
         with pytest.raises(ValueError, match="11 tokens and 12"):
             function(tiny(), tiny(12), [1], 3)
+        for value in (-1, 2.5):
+            with pytest.raises(ValueError, match=f"draft_tokens must be .* got {value}"):
+                function(tiny(), tiny(), [1], 3, draft_tokens=value)
+
+
+def test_at_the_edges_cached_is_naive():
+    """A prompt that fills the context, stop tokens in a tensor, a draft that reads all of its own context."""
+    model, pairs = tiny(), Bigram.counted(torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), 3, 99)
+    short = Bigram(pairs.logits.data, 5)
+    for function in (speculative, naive_speculative):
+        assert function(model, model, [1] * 24, 3) == ([], 0, 0, 0)
+        assert len(function(model, model, [1], 9, stop_tokens=torch.arange(11)).tokens) == 1
+        run = function(pairs, short, [0], 9, draft_tokens=8, probabilities=GREEDY)
+        assert run == ([1, 2, 0, 1, 2, 0, 1, 2, 0], 5, 5, 4)  # behind its context the target goes on alone
 
 
 # --- the program ---
 
 def test_every_flag_changes_something_and_the_verdict_can_fail(monkeypatch, capsys):
-    monkeypatch.setattr(speculative_decoding, "_train", lambda text, generator: GPT(GPTConfig(256, 64, 1, 1, 16), generator=generator))
+    untrained = GPTConfig(256, 64, 1, 1, 16)
+    monkeypatch.setattr(speculative_decoding, "_train", lambda text, generator: GPT(untrained, generator=generator))
     base, seen = dict(draft_tokens=4, max_new_tokens=8, draws=500, seed=0), []
     for change in ({}, {"draft_tokens": 1}, {"max_new_tokens": 9}, {"draws": 600}, {"seed": 1}):
         speculative_decoding.main(**{**base, **change})
         seen.append(capsys.readouterr().out)
-        assert seen[-1].rstrip().endswith("distribution kept: True; tokens per call = formula: True; cached = uncached, "
-                                          "greedy = the GPT alone: True (expected True each)")
+        assert seen[-1].endswith("distribution kept: True; tokens per call = formula: True; cached = uncached, "
+                                 "greedy = the GPT alone: True (expected True each)\n")
     assert len(set(seen)) == len(seen)
     monkeypatch.setattr(speculative_decoding, "residual", lambda p, q: p)  # a likely mistake
     speculative_decoding.main(**base | dict(draws=4000))
