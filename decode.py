@@ -179,7 +179,7 @@ def checked(model: nn.Module, prompts: Prompts, max_new_tokens: int) -> tuple[li
 def naive_generate(model: nn.Module, prompts: Prompts, max_new_tokens: int, *, stop_tokens: Iterable[int] = (),
                    generator: torch.Generator | None = None, **sampling) -> list[list[int]]:
     """``generate`` without a cache or batches: every step runs the model on the whole sequence again."""
-    sampling, stop_tokens, completions = Sampling(**sampling), set(stop_tokens), []
+    sampling, stop_tokens, completions = Sampling(**sampling), set(map(int, stop_tokens)), []
     device = next(model.parameters()).device
     with evaluating(model):
         for prompt, limit in zip(*checked(model, prompts, max_new_tokens)):
@@ -333,7 +333,7 @@ def generate(model: nn.Module, prompts: Prompts, max_new_tokens: int, *, stop_to
     """
     sampling, (prompts, limits) = Sampling(**sampling), checked(model, prompts, max_new_tokens)
     completions = [[] for _ in prompts]
-    for step in _steps(model, prompts, limits, set(stop_tokens), generator, sampling):
+    for step in _steps(model, prompts, limits, set(map(int, stop_tokens)), generator, sampling):
         for row, token in step:
             completions[row].append(token)
     return completions
@@ -345,7 +345,7 @@ def stream(model: nn.Module, prompt: Sequence[int], max_new_tokens: int, *, stop
            generator: torch.Generator | None = None, **sampling) -> Iterator[int]:
     """``generate`` for one prompt, token by token as they are drawn. The model is in eval mode until it ends."""
     sampling, (prompts, limits) = Sampling(**sampling), checked(model, [prompt], max_new_tokens)
-    return (step[0][1] for step in _steps(model, prompts, limits, set(stop_tokens), generator, sampling))
+    return (step[0][1] for step in _steps(model, prompts, limits, set(map(int, stop_tokens)), generator, sampling))
 
 
 def decode_stream(tokens: Iterable[int], encoding, stop_strings: Sequence[str] = (),
@@ -358,7 +358,7 @@ def decode_stream(tokens: Iterable[int], encoding, stop_strings: Sequence[str] =
     """
     if "" in stop_strings:
         raise ValueError("a stop string must not be empty")
-    decoder, held, stop_tokens = codecs.getincrementaldecoder("utf-8")("replace"), "", set(stop_tokens)
+    decoder, held, stop_tokens = codecs.getincrementaldecoder("utf-8")("replace"), "", set(map(int, stop_tokens))
     for token in tokens:
         if token in stop_tokens:
             break

@@ -89,7 +89,7 @@ def naive_generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], m
     """``generate_rollout`` one prompt after the other, every token from the whole text before it."""
     _checked(model, prompts, max_new_tokens, temperature)
     uniforms = _uniforms(len(prompts), max_new_tokens, uniforms, generator)
-    device, stop_tokens, rows, log_probs = next(model.parameters()).device, set(stop_tokens), [], []
+    device, stop_tokens, rows, log_probs = next(model.parameters()).device, set(map(int, stop_tokens)), [], []
     with evaluating(model):
         for prompt, u in zip(prompts, uniforms):
             row, log_p = list(prompt), [0.0] * len(prompt)
@@ -154,7 +154,7 @@ def generate_rollout(model: nn.Module, prompts: Sequence[Sequence[int]], max_new
     _checked(model, prompts, max_new_tokens, temperature)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    device, stop_tokens = next(model.parameters()).device, set(stop_tokens)
+    device, stop_tokens = next(model.parameters()).device, set(map(int, stop_tokens))
     uniforms = _uniforms(len(prompts), max_new_tokens, uniforms, generator).to(device)
     rows, log_probs = [list(prompt) for prompt in prompts], [[0.0] * len(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

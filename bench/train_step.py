@@ -122,7 +122,7 @@ def compare_quality(device: torch.device, steps: int, precision: str, seed: int)
                        (f"ours {precision}", ours(shape, 1024, device, 1e-3, precision, steps, seed))):
         for step in range(steps):
             run.step(step, train)
-        model = run.model.eval()
+        model = (run.model if label.startswith("peer") else run.parallel.model).eval()
         with torch.no_grad():
             logits = model(x)
             logits = logits.logits if label.startswith("peer") else logits

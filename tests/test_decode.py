@@ -193,6 +193,7 @@ def test_stop_tokens_the_limit_and_the_context_end_a_row():
     stop = free[0][3]
     stopped = generate(model, PROMPTS, 40, temperature=0, stop_tokens=[stop])
     assert stopped == [c[:c.index(stop) + 1] if stop in c else c for c in free]
+    assert generate(model, PROMPTS, 40, temperature=0, stop_tokens=torch.tensor([stop])) == stopped
     assert len(generate(model, [[1]], 3, temperature=0)[0]) == 3
     assert generate(model, [[1] * 24, [2] * 23], 3, temperature=0)[0] == []
 
