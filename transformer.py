@@ -406,15 +406,14 @@ def main(data: str | None, language: str | None, post_norm: bool, steps: int, wa
                        translate)
     from rnn import Recurrent
 
-    for name, config, published in (("base", BASE, 65), ("big", BIG, 213)):
-        with torch.device("meta"):
-            n_parameters = sum(p.numel() for p in Transformer(config).parameters())
-        print(f"{name:5} {n_parameters:>12,} parameters (table 3: {published} million)")
-
     training, test = read_corpus(data, language, steps // 2, seed)
     vocabularies = tuple(build_vocabulary(side) for side in zip(*((pair.source, pair.target) for pair in training)))
     if text is not None:
         to_ids([to_words(text)], vocabularies[0])  # refuses what cannot be translated
+    for name, config, published in (("base", BASE, 65), ("big", BIG, 213)):
+        with torch.device("meta"):
+            n_parameters = sum(p.numel() for p in Transformer(config).parameters())
+        print(f"{name:5} {n_parameters:>12,} parameters (table 3: {published} million)")
     longest = max(max(len(pair.source), len(pair.target)) for pair in training + test)
     config = TransformerConfig(len(vocabularies[1]), len(vocabularies[0]), context=3 * longest + 64, n_layers=2,
                                n_heads=4, d_model=128, d_ff=256, dropout=0.0, norm_first=not post_norm, pad=PAD)
