@@ -66,9 +66,10 @@ def prepare(config, world, resumed: Path | None) -> Corpus:
 
     world.agree(lambda: _delete_leftovers(folder), here=world.rank == 0)
     texts = world.gather(world.agree(pack, here=world.local_rank == 0, slow=True))
-    corpus = world.agree(lambda: _open_corpus(config, folder))
-    # Machines that share the folder have overwritten each other's tokens: there the texts themselves tell.
-    if len(set(world.gather(corpus.fingerprint))) > 1 or len(set(texts) - {None}) > 1:
+    # Machines that share the folder have overwritten each other's files: there the texts themselves tell.
+    differ = len(set(texts) - {None}) > 1
+    corpus = None if differ else world.agree(lambda: _open_corpus(config, folder))
+    if differ or len(set(world.gather(corpus.fingerprint))) > 1:
         raise ConfigError("the machines read different text: give all of them the same --data and Python")
     if resumed and trained_on != corpus.fingerprint:
         raise ConfigError(f"{resumed} was trained on other text than {config.data or 'the default corpus'} is now: "

@@ -420,7 +420,8 @@ def pack(documents: Iterable[str], encode: Callable[[str], Sequence[int]], eot: 
                         "permissions and the room on the disk") from None
     finally:
         Path(beside).unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
+    with open(path, "rb") as file:  # np.load opens it twice; in between another process may put its own there
+        return np.memmap(file, dtype, "r", offset=len(header(0)))
 
 
 # --- 5. the order of the examples -----------------------------------------------------------

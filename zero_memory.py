@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -60,9 +60,9 @@ def every_storage() -> dict[int, torch.UntypedStorage]:
     return {storage.data_ptr(): storage for storage in storages}
 
 
-def every_tensor() -> int:
-    """Bytes of ``every_storage``."""
-    return sum(storage.nbytes() for storage in every_storage().values())
+def every_tensor(besides: Collection[torch.UntypedStorage] = ()) -> int:
+    """Bytes of ``every_storage``, not counting those named."""
+    return sum(storage.nbytes() for storage in every_storage().values() if storage not in besides)
 
 
 class PeakBytes(TorchDispatchMode):
@@ -120,17 +120,18 @@ def _measure(stage: int, options: argparse.Namespace, P: int, text: Tensor, part
     """Train in bf16 with fp32 copies; what is held when the second step's gradients are there, and the peak."""
     from zero import ZeRO
 
-    before, found = every_tensor(), {}
+    # Which and not how much: what a thread of gloo still holds of the stage before may be gone a moment later.
+    before, found = weakref.WeakSet(every_storage().values()), {}
 
     def look(zero) -> None:
-        found.update(zero.bytes_held(), all=every_tensor() - before)
+        found.update(zero.bytes_held(), all=every_tensor(before))
     with torch.device("meta"):
         model = make()
     n = sum(p.numel() for p in model.parameters())
     zero = ZeRO(model, torch.optim.AdamW, stage=stage, reduction="sum", dtype=torch.bfloat16, offload=options.offload,
                 initialise=lambda model: model.initialise(torch.Generator().manual_seed(options.seed)))
     _train(model, zero, 2, text, part, look)
-    resting = every_tensor() - before
+    resting = every_tensor(before)
     rows = text[:2][None]  # one token: activations that are nothing beside weights
     with PeakBytes() as peak:
         model(rows[:, :1]).float().sum().backward()

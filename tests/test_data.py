@@ -13,6 +13,7 @@ import signal
 import statistics
 import sys
 import sysconfig
+import threading
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -515,6 +516,21 @@ def test_pack_matches_brute_force_in_memory_and_on_disk(tmp_path, vocab_size, dt
     assert in_memory.dtype == on_disk.dtype == dtype
     assert isinstance(on_disk, np.memmap) and not on_disk.flags.writeable
     assert os.listdir(tmp_path) == ["tokens.npy"]
+
+
+def test_two_that_pack_to_one_path_at_once_get_one_of_both_whole(tmp_path, monkeypatch):
+    texts, found = ["a" * 2000, "b"], []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # more turns
+
+    def write(text):
+        found.extend(len(pack([text], utf8, 256, 257, tmp_path / "tokens.npy")) for _ in range(200))
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 400 and set(found) <= {2001, 2}
 
 
 def test_npy_header_matches_numpys_own_reader_at_every_length(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import re
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -399,7 +400,7 @@ def in_processes():
 def _memory(rank, half):
     adamw([nn.Parameter(torch.zeros(1))])  # imports what optimizers need
     gc.freeze()  # looked at is what comes from here on
-    before, found = zero_memory.every_tensor(), []
+    before, found = weakref.WeakSet(zero_memory.every_storage().values()), []
     for stage in range(4):
         model = gpt(torch.float32, vocab_size=64, d_model=96)
         n = sum(p.numel() for p in model.parameters())
@@ -408,10 +409,10 @@ def _memory(rank, half):
             model(torch.zeros(1, 1, dtype=torch.long)).float().sum().backward()
             trainer.finish()
             held = trainer.bytes_held()
-            found.append((sum(held.values()) / n, (zero_memory.every_tensor() - before) / n))
+            found.append((sum(held.values()) / n, zero_memory.every_tensor(before) / n))
             trainer.step()
             trainer.zero_grad()
-        resting = zero_memory.every_tensor() - before
+        resting = zero_memory.every_tensor(before)
         with zero_memory.PeakBytes() as peak:
             model(torch.zeros(1, 1, dtype=torch.long)).float().sum().backward()
             trainer.finish()
@@ -744,6 +745,16 @@ def test_the_program_refuses_in_one_line(arguments, monkeypatch, capsys):
         zero_memory.main("zero.py")
     found = capsys.readouterr()
     assert re.fullmatch(r"zero\.py: .*\n", found.err) and not found.out
+
+
+def test_bytes_besides_those_named_do_not_sink_when_one_of_them_is_freed():
+    kept, freed = torch.zeros(1000), torch.zeros(500)
+    before = weakref.WeakSet(zero_memory.every_storage().values())
+    assert zero_memory.every_tensor(before) == 0
+    del freed
+    made = torch.zeros(300)
+    assert zero_memory.every_tensor(before) == made.nbytes
+    assert zero_memory.every_tensor() >= made.nbytes + kept.nbytes
 
 
 def test_the_plot_is_a_picture(tmp_path):
