@@ -43,7 +43,8 @@ def materialise(p: nn.Parameter, device: torch.device) -> None:
 def draw_values(model: nn.Module, dtypes: list[torch.dtype], keep: Callable[[nn.Parameter, Tensor], None],
                 initialise: Callable[[nn.Module], None]) -> list[str]:
     """Let ``initialise`` walk over parameters that have values only while it looks at them: then ``keep(p, values)``
-    takes what this rank owns. The generator gives what it gives one process, and one whole parameter exists at a time.
+    takes what this rank owns. They are on the CPU, wherever the parameters are to live: there the generator gives what
+    it gives one process. One whole parameter exists at a time.
 
     Returns a line for every parameter, by which ranks can compare what they drew. Raises ValueError if ``initialise``
     does not go once over ``model.named_parameters()``.
@@ -52,7 +53,7 @@ def draw_values(model: nn.Module, dtypes: list[torch.dtype], keep: Callable[[nn.
 
     def one_at_a_time(*_, **__) -> Iterator[tuple[str, Tensor]]:
         for (name, p), dtype in zip(named, dtypes):
-            values = torch.empty(p.shape, dtype=dtype, device=p.device)
+            values = torch.empty(p.shape, dtype=dtype)
             yield name, values
             keep(p, values)
             seen.append(f"{name} {values.reshape(-1)[0].item()} ... {values.reshape(-1)[-1].item()}")

@@ -170,7 +170,7 @@ def parallel_experts(x: Tensor, assigned: Assignments, gate_up: Tensor, down: Te
     dist.all_to_all_single(incoming, outgoing, group=group)  # (P, E/P): from each rank, for each expert here
     send, receive = (n.view(P, local).sum(1).tolist() for n in (outgoing, incoming))
     rows = _AllToAll.apply(x.index_select(0, token), receive, send, group)  # (R, D)
-    expert = torch.arange(local, device=x.device).repeat(P).repeat_interleave(incoming)  # (R,)
+    expert = torch.arange(local, device=x.device).repeat(P).repeat_interleave(incoming, output_size=len(rows))  # (R,)
     order_here = expert.argsort(stable=True)
     y = _run(rows[order_here], torch.bincount(expert, minlength=local), gate_up, down)  # (R, D)
     y = _AllToAll.apply(y[order_here.argsort()], send, receive, group)  # (A, D)

@@ -16,7 +16,7 @@ Omits     optimizers that look at a whole matrix (Adafactor, Muon, LAMB: a rank 
           (ZeRO-Infinity); quantised messages (ZeRO++); a stream of its own for the offload's copies.
 Run       python zero.py                                2 processes: every stage's bytes and equality, half a minute
           python zero.py --offload --plot zero.png      optimizer in the host's memory (ZeRO-Offload); bars
-          torchrun --nproc_per_node=2 zero.py           the same on processes that torchrun starts
+          torchrun --standalone --nproc_per_node=2 zero.py    the same on processes that torchrun starts
           Ends with "max |bytes measured / formula - 1| = ..."
 Test      pytest tests/test_zero.py
 """
@@ -80,7 +80,7 @@ class ZeRO:
             go on.                                                            Ren et al. 2021 (2101.06840), section 5.2
         bucket_mb: size of the pieces that travel in stages 0, 1 and 2, in 2^20 bytes.
         initialise: draws a meta model's values, one parameter at a time in the order of ``model.named_parameters()``,
-            such as ``lambda model: model.initialise(generator)``, with a generator of equal seed on every rank: those
+            such as ``lambda model: model.initialise(generator)``, with a CPU generator of equal seed on each rank: those
             of one process, and never more than one whole parameter in memory. None: zeros, until ``shards()`` are
             written.
         device: where a meta model goes.
@@ -288,6 +288,10 @@ class ZeRO:
             flat.missing = set(flat.parameters)
         self._next, self._pending, self._in_backward, self._finished = 0, True, False, True
         self._free()
+        self._wait_for_copies()
+
+    def _wait_for_copies(self) -> None:
+        """Between the host and a GPU they go on while Python does, and until they are done neither end may change."""
         if self.offload and self._trained[0].device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
@@ -349,6 +353,7 @@ class ZeRO:
         self._join()
         for flat in self._trained:  # of the step before
             self._publish(flat)
+        self._wait_for_copies()
         work = []
         for flat in self._trained:
             work.append((flat, self._gradients(flat)))
