@@ -12,7 +12,7 @@ Omits     bf16, pipelines, ZeRO for reference and judge (tp cuts them too), adap
 Run       python alignment.py --init out/pretrain          all stages, on what train.py wrote: 6 minutes
           torchrun --standalone --nproc_per_node=2 alignment.py --init out/pretrain   the same on two: 3 minutes
           python alignment.py --init out/sft --stages dpo    one stage from a fine-tuned model
-          Ends with "win rate against SFT: ..."
+          Ends with "aligned in ... s; ... win rate against SFT: ..."
 Test      pytest tests/test_alignment.py
 """
 
@@ -94,12 +94,12 @@ class AlignConfig:
     grpo_length: str = _setting("sequence", "an answer's sum is divided by its own length (GRPO); constant: by "
                                             "--max_new_tokens (Dr. GRPO)", choices=("sequence", "constant"))
     evaluation_prompts: int = _setting(1000, "held-out questions answered at the end, at most", 1)
-    seed: int = _setting(0, "of the order of examples and of answers", 0, 2**32 - 1)
+    seed: int = _setting(0, "of the order of examples and of answers")
     device: str | None = _setting(None, "cpu, cuda or mps; derived: the best that is here")
     tp: int = _setting(1, "tensor-parallel processes: they share every matrix of every model", 1)
     zero: int = _setting(0, "ZeRO: divide optimizer states (1), gradients (2), weights (3) of what is trained over the "
                             "other processes", 0, 3)
-    timeout: int = _setting(600, "seconds after which a silent process counts as lost", 1)
+    timeout: int = _setting(600, "seconds after which a silent process counts as lost", 1, 10**7 - 1)
     save_every: int | None = _setting(None, "steps between checkpoints; derived: a fifth of the stage", 1)
     resume: bool = _setting(False, "go on from the newest checkpoints in --out; stages that are done stay")
     overwrite: bool = _setting(False, "start again although --out holds such stages: they are deleted")
@@ -114,6 +114,8 @@ class AlignConfig:
                 raise AlignmentError(f"--{field.name} must be {limits}, got {value}")
             if (choices := field.metadata["choices"]) and value not in choices:
                 raise AlignmentError(f"--{field.name} must be one of {', '.join(choices)}, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise AlignmentError(f"--seed must be in 0 .. 2^32 - 1, got {self.seed}")
         if self.dpo_label_smoothing and self.dpo_kind == "ipo":
             raise AlignmentError("--dpo_label_smoothing is not for --dpo_kind=ipo, whose loss knows no probabilities")
         unknown = set(self.chosen()) - set(STAGES)
@@ -387,6 +389,7 @@ def _refuse(config: AlignConfig, chosen: list[str], init: str, judge: str) -> No
 
 def _parse(arguments: list[str]) -> AlignConfig:
     """Command line -> config. AlignmentError for an unknown flag or a value that cannot be."""
+    from config import parse_flags, whole_number  # train.py's
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -400,29 +403,43 @@ def _parse(arguments: list[str]) -> AlignConfig:
         if kind == "bool":
             parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
         else:
-            parser.add_argument(f"--{field.name}", type={"int": int, "float": float}.get(kind, str),
+            parser.add_argument(f"--{field.name}", type={"int": whole_number, "float": float}.get(kind, str),
                                 default=field.default, help=help.replace("%", "%%"))
-    return AlignConfig(**vars(parser.parse_args(arguments)))
+    return AlignConfig(**vars(parse_flags(parser, arguments)))
 
 
-def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 2 the user has to mend something, 130 Ctrl-C."""
-    def refused(why: str) -> int:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"alignment.py: {why.splitlines()[0]}", file=sys.stderr, flush=True)
-        return 2
+def main(arguments: list[str], program: str = "alignment.py") -> int:
+    """Exit status: 0 done, 1 another process was lost, 2 the user has to mend something, 130 Ctrl-C.
+
+    ``program``: the name that was typed, with which errors begin.
+    """
+    rank = int(os.environ.get("RANK", 0))
+
+    def one_line(text: str, status: int) -> int:
+        print(f"{program}: {text}", file=sys.stderr, flush=True)
+        return status
 
     try:
         import processes
         import run_folder
         config = _parse(arguments)
         run_stages(config, processes.join(config.device, config.timeout))
-    except (ValueError, OSError) as error:
-        return refused(str(error))
+    except ValueError as error:
+        return one_line(str(error).splitlines()[0], 2) if rank == 0 else 2
     except ImportError as error:
-        return refused(f"{error}: copy that file beside this one")
+        return one_line(f"{error}: copy that file beside this one", 2) if rank == 0 else 2
+    except torch.OutOfMemoryError as error:
+        return one_line(f"rank {rank}: {str(error).splitlines()[0][:150]}: take a smaller batch of that stage, "
+                        "such as --sft_batch", 2)
+    except OSError as error:
+        return one_line(f"{error}; what was saved before is as it was: --resume goes on from there", 2)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except RuntimeError as error:
+        if not processes.is_lost(error):
+            raise
+        return one_line(f"rank {rank} lost another process ({str(error).splitlines()[0][:120]}): start again with "
+                        "--resume", 1)
     finally:
         import torch.distributed as dist
         with contextlib.suppress(Exception):  # the neighbours may not be here

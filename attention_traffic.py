@@ -60,7 +60,7 @@ def tile_size(fast_memory: int, Dh: int, itemsize: int = 4) -> int:
     M = fast_memory // itemsize
     rows = int(math.sqrt(4 * Dh * Dh + M) - 2 * Dh) // 16 * 16
     if rows < 16:
-        raise ValueError(f"{fast_memory} bytes hold no tile of 16 rows of width {Dh}")
+        raise ValueError(f"{fast_memory} bytes hold no tile of 16 rows of width {Dh}: take a narrower head")
     return rows
 
 

@@ -14,7 +14,7 @@ Shapes    tokens, segments, real (B, T) -> x (B, T, D) -> masked (B, T, V) or (N
 Omits     multiple choice; decoders made of BERT; models without next-sentence head. Text becomes ids in wordpiece.py,
           ids become gaps and pairs in masked_lm.py, rows of the four tasks in finetune.py.
 Run       python bert.py   pre-trains on Python's documentation, fine-tunes four heads: about 5 minutes on two cores;
-          ends with "transfer: ..."
+          Ends with "transfer: ..."
 Test      pytest tests/test_bert.py
 """
 
@@ -452,9 +452,9 @@ def main(steps: int, examples: int, seed: int, out: str | None) -> None:
 
     def report(step: int, loss: float) -> None:
         if step == 1 or step % 200 == 0:
-            expected = f"   (expected ln V + ln 2 = {math.log(2 * len(tokenizer)):.3f})" if step == 1 else ""
+            expected = f"  (expected ln V + ln 2 = {math.log(2 * len(tokenizer)):.3f})" if step == 1 else ""
             seconds = time.perf_counter() - began
-            print(f"step {step:5}/{steps}   loss {loss:.3f}   {seconds:4.0f} s{expected}", flush=True)
+            print(f"step {step:>6}/{steps}  loss {loss:.3f}  {seconds:4.0f} s{expected}", flush=True)
 
     pretrain(model, batches(known, 24), steps, 2e-3, report)
     masked, following = pretraining_accuracy(model, batches(new, 16), 60)

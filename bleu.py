@@ -154,7 +154,10 @@ def _damaged(sentences: list[list[str]], seed: int) -> dict[str, list[list[str]]
             "another sentence's": sentences[1:] + sentences[:1]}
 
 
-def main(data: str | None, language: str | None, count: int, seed: int) -> None:
+def main(data: str | None, language: str | None, count: int | None, seed: int) -> None:
+    if data and count is not None:
+        raise ValueError("--count means nothing beside --data")
+    count = 1000 if count is None else count
     if count < 1 or not 0 <= seed < 2**32:
         raise ValueError(f"--count must be at least 1 and --seed in 0 .. 2^32 - 1, got {count} and {seed}")
     if data and language:
@@ -185,7 +188,7 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
-    parser.add_argument("--count", type=int, default=1000, help="how many to generate (default %(default)s)")
+    parser.add_argument("--count", type=int, help="how many to generate (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs and mistakes (default %(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:

@@ -9,6 +9,7 @@ Formula   batch_tokens = dp * ep * accumulation * micro_batch * context
 Shapes    no tensors here
 Omits     configuration files: a shell script with flags is one, and a checkpoint holds the whole of it.
 Run       python config.py --preset gpt2_124m --lr 3e-4    prints the settings that train.py would use
+          Ends with "one step = ... tokens = ..."
 Test      pytest tests/test_config.py
 """
 
@@ -37,8 +38,9 @@ class TrainConfig:
     """Every setting of a run; each field is a flag. None means derived: the formula is printed with the value."""
 
     stage: str | None = setting(None, "pretrain; or all: sft, reward, ppo, dpo and grpo after it; or one of "
-                                      "those alone, with alignment.py's flags; derived: all on the default text, "
-                                      "else pretrain", ("all", "pretrain", "sft", "reward", "ppo", "dpo", "grpo"))
+                                      "those alone, with alignment.py's flags; derived: all on the default text "
+                                      "with a --context of at least 96, else pretrain",
+                                ("all", "pretrain", "sft", "reward", "ppo", "dpo", "grpo"))
     # the text
     data: str | None = setting(None, "files to train on, e.g. 'my/*.txt' (.txt .md .jsonl[.gz] .warc.wet[.gz]); "
                                      "derived: Python's own documentation")
@@ -71,8 +73,7 @@ class TrainConfig:
     beta1: float = setting(0.9, "AdamW's decay rate of the mean gradient", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay rate of the mean squared gradient", least=0, below=1)
     max_gradient: float = setting(1.0, "largest norm of a gradient; 0 turns clipping off", least=0)
-    # 32 bits, as NumPy's frozen stream of the order of the data takes
-    seed: int = setting(0, "of initial weights, order of the data, dropout and samples", least=0, below=2**32)
+    seed: int = setting(0, "of initial weights, order of the data, dropout and samples")
     # the machine
     device: str | None = setting(None, "cpu, cuda or mps; derived: the best that is here")
     precision: str | None = setting(None, "of forward and backward (fp16 scales the loss); derived: bf16 where "
@@ -112,6 +113,8 @@ class TrainConfig:
                 raise ConfigError(f"--{field.name} must be at least {least}, got {value}")
             if below is not None and not value < below:
                 raise ConfigError(f"--{field.name} must be below {below}, got {value}")
+        if not 0 <= self.seed < 2**32:  # 32 bits, as NumPy's frozen stream of the order of the data takes
+            raise ConfigError(f"--seed must be in 0 .. 2^32 - 1, got {self.seed}")
 
 
 PRESETS = {
@@ -158,6 +161,17 @@ def whole_number(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
+def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The values of the flags; an unknown one is an error that names the nearest known one."""
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, flags, 1)
+        parser.error(f"unknown flag {name}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+    return known
+
+
 def parse(arguments: list[str], description: str) -> tuple[TrainConfig, set[str]]:
     """Command line -> (config, the names that flags or a preset gave). Precedence: defaults < preset < flags.
 
@@ -178,12 +192,7 @@ def parse(arguments: list[str], description: str) -> tuple[TrainConfig, set[str]
             parser.add_argument(f"--{field.name}", type=kind, help=text.replace("%", "%%"),
                                 choices=field.metadata["choices"] or None,
                                 metavar=None if field.metadata["choices"] else _type_name(field).upper())
-    known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, flags, 1)
-        raise ConfigError(f"unknown flag {name}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+    known = parse_flags(parser, arguments)
     flags = {name: value for name, value in vars(known).items() if value is not None and name != "preset"}
     given = PRESETS[known.preset] | flags
     return TrainConfig(**given), set(given)
@@ -293,7 +302,8 @@ def main(arguments: list[str]) -> int:
     try:
         config, given = parse(arguments, __doc__)
         refuse_meaningless(config, given)
-        derived, notes = derive(config, config.dp or 1, config.device or "cpu", has_bf16=False)
+        processes = (config.dp or 1) * config.tp * config.pp * config.cp * config.ep
+        derived, notes = derive(config, processes, config.device or "cpu", has_bf16=False)
     except ConfigError as error:
         print(f"config.py: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ Idea      What a curation removes can only be counted if one knows what there wa
 Formula   P(word of rank i) ~ i^-1.2
 Shapes    a page has about 3 kB; a file is n_pages WARC records, each a gzip member of its own as in Common Crawl
 Omits     HTML (WET files have its text only); meaning.
-Run       python crawl.py --out crawl/      4 files of 100 pages; ends with "... pages in 4 files: True"
+Run       python crawl.py --out crawl/      4 files of 100 pages; ends with "... pages in 4 files: True ..."
 Test      pytest tests/test_curate.py
 """
 
@@ -96,12 +96,12 @@ def main(out: str, files: int, pages: int, seed: int) -> None:
     print(f"{pattern}: {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}")
     print(f"begins {next(read_documents(pattern))[:150]!r}")
     read = sum(1 for _ in read_documents(pattern))
-    print(f"read again: {read:,} pages in {files} files: {read == sum(counts.values())}")
+    print(f"read again: {read:,} pages in {files} files: {read == sum(counts.values())} (expected True)")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--out", metavar="DIR", default="crawl", help="for the files (default %(default)s/)")
     parser.add_argument("--files", type=int, default=4, help="how many (default %(default)s)")

@@ -7,7 +7,7 @@ Idea      Passes over files, each file by one rank. What must be compared over t
           memory however large the crawl is. Every pass writes its files beside and renames them when whole: a file
           that is there is done. So a kill costs at most the files being written, and the number of ranks, which may
           change in between, decides nothing but the time: who is first is decided by (file, place in the file).
-Passes    clean    file -> rules of C4 and Gopher, masks             -> documents; their hashes, signatures, bands
+Formula   clean    file -> rules of C4 and Gopher, masks             -> documents; their hashes, signatures, bands
           copied   bucket of documents' hashes -> all places but the first of each
           pairs    bucket of band hashes -> pairs that met and are similar; then clusters of pairs
           unique   file -> without copies, near-copies, poor quality -> documents; hashes of lines and spans
@@ -18,8 +18,8 @@ Shapes    a place is file number * 2^40 + number in the file, in int64 and uint6
 Also      memory: a document, a bucket of hashes and 8 bytes for each copy in a file; on one rank, while near-duplicates
           are linked, some times 8 bytes for each document of the crawl. Nothing else grows with the crawl.
 Omits     mixtures of sources (mixture.py); tokens (packing.py --data 'shards/*.jsonl.gz'); ranks that share no folder.
-Run       python curate.py                                           made up; ends with "same shards after a kill: True"
-          python data.py 'crawl/*.warc.wet.gz' --out shards/         your crawl; ends with "... kept of ..."
+Run       python curate.py                                       made up; ends with "same shards after a kill: True ..."
+          python data.py 'crawl/*.warc.wet.gz' --out shards/     your crawl; ends with "... kept of ..."
 Test      pytest tests/test_curate.py
 """
 
@@ -479,12 +479,14 @@ def _demo() -> None:
             child.wait()
         curate(pattern, f"{folder}/killed", World())
         shards = [{path.name: path.read_bytes() for path in Path(folder, n).iterdir()} for n in ("whole", "killed")]
-        print(f"the same shards after a kill: {shards[0] == shards[1]} ({len(shards[0]) - 1} shards and the report; "
-              f"killed {killed} times)")
+        print(f"the same shards after a kill: {shards[0] == shards[1]} (expected True; {len(shards[0]) - 1} shards and "
+              f"the report; killed {killed} times)")
 
 
 def main(crawl: str | None, out: str | None, explain: bool, **options) -> None:
     if crawl is None:
+        if out or explain or any(value not in (None, 0.8) for value in options.values()):  # 0.8: --threshold's default
+            raise ValueError("without a crawl the demo takes no flag: say which files, such as 'crawl/*.warc.wet.gz'")
         return _demo()
     if out is None:
         raise ValueError("say where the shards shall go: --out DIR")
@@ -498,8 +500,9 @@ def start(arguments: list[str]) -> None:
     """As a program, of this file and of data.py."""
     name = os.path.basename(sys.argv[0])
     parser = argparse.ArgumentParser(name, description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("crawl", nargs="?", help="files, such as 'crawl/*.warc.wet.gz' (default: made up)")
     parser.add_argument("--out", metavar="DIR",
                         help="for the shards and .report.json; new, empty, or to go on in")
@@ -511,14 +514,16 @@ def start(arguments: list[str]) -> None:
                         help="tests: what shares 13 words with them is removed")
     parser.add_argument("--threshold", type=float, default=0.8,
                         help="similarity of near-duplicates (default %(default)s)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="counts the tokens of the report (default: estimated)")
+    parser.add_argument("--tokenizer", metavar="NAME",
+                        help="counts the tokens of the report: a tiktoken name, a file, or a folder "
+                             "(default: estimated)")
     parser.add_argument("--explain", action="store_true", help="show examples of what each rule removed")
     try:
         main(**vars(parser.parse_args(arguments)))
     except KeyboardInterrupt:
         parser.exit(130)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{name}: {error}\n" if os.environ.get("RANK", "0") == "0" else None)  # once, of all ranks
+        parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}: copy that file beside this one")
     finally:

@@ -15,7 +15,7 @@ Run       python data.py                        Python's own documentation, unde
           python data.py --data 'my/**/*.txt'   or .md .jsonl .jsonl.gz .warc.wet .warc.wet.gz
           Ends with "every target of the epoch seen exactly once: True ..."
           python data.py 'crawl/*.warc.wet.gz' --out shards/   from a raw crawl to clean shards, by curate.py
-          torchrun --nproc_per_node=2 data.py 'crawl/*.warc.wet.gz' --out shards/   the same by two processes
+          torchrun --standalone --nproc_per_node=2 data.py 'crawl/*.warc.wet.gz' --out shards/   by two processes
 Test      pytest tests/test_data.py
 """
 
@@ -478,6 +478,9 @@ class TokenWindows:
 # --- 6. demo --------------------------------------------------------------------------------
 
 def main(data: str | None, context: int, held_out: float, seed: int, out: str | None) -> None:
+    if context < 1 or not 0 < held_out < 1 or not 0 <= seed < 2**32:
+        raise ValueError("--context must be at least 1, --held_out in (0, 1) and --seed in 0 .. 2^32 - 1, "
+                         f"got {context}, {held_out} and {seed}")
     documents = default_documents() if data is None else list(read_documents(data))
     print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters: {documents[0][:60]!r} ...")
     eot = 256  # the bytes are tokens 0 to 255
@@ -496,14 +499,15 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
     targets = torch.cat([windows.batch(j, 1)[1] for j in range(len(windows))])  # (n, T)
     text = targets[np.argsort(windows.order(0))].flatten().numpy()
     once = np.array_equal(text, tokens[1:len(text) + 1])
-    print(f"every target of the epoch seen exactly once: {once} ({len(windows):,} windows x {context} = "
+    print(f"every target of the epoch seen exactly once: {once} (expected True; {len(windows):,} windows x {context} = "
           f"{len(text):,} targets, {len(tokens) - 1 - len(text)} left over at the end)")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("crawl", nargs="?", help="files to clean, as by python curate.py, with its flags")
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--context", type=int, default=128, help="T, tokens per input (default %(default)s)")

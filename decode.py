@@ -169,7 +169,7 @@ def checked(model: nn.Module, prompts: Prompts, max_new_tokens: int) -> tuple[li
         if not row:
             raise ValueError(f"prompt {i} is empty: start it with the end-of-text token")
         if len(row) > context:
-            raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {context}")
+            raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {context}: shorten it")
         if min(row) < 0 or max(row) >= V:
             raise ValueError(f"prompt {i} has ids {min(row)} .. {max(row)}, the vocabulary is 0 .. {V - 1}")
     return rows, [min(max_new_tokens, context - len(row)) for row in rows]
@@ -461,7 +461,8 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
     eot, generator = tokenizer.eot(encoding), torch.Generator(device).manual_seed(seed)
     newest = model.config.context - max_new_tokens if chat else 0  # older lines leave a chat's context first
     if chat and newest < 1:
-        raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room in a context of {model.config.context}")
+        raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room in a context of "
+                         f"{model.config.context}: take fewer")
     if chat and "<|assistant|>" in encoding.special_tokens_set:  # alignment.py has taught it whose turn it is
         return _take_turns(model, encoding, max_new_tokens, newest, generator, sampling)
     shown = text = sys.stdin.read() if prompt == "-" else prompt or ""
@@ -498,7 +499,8 @@ def _take_turns(model: nn.Module, encoding, max_new_tokens: int, newest: int, ge
         messages.append({"role": "user", "content": line.strip()})
         while len(tokens := render_prompt(encoding, messages)) > newest:
             if len(messages) == 1:
-                raise ValueError(f"a line of {len(tokens)} tokens does not fit: {newest} are free beside the answer")
+                raise ValueError(f"a line of {len(tokens)} tokens does not fit: {newest} are free beside the answer: "
+                                 "shorten it, or take fewer --max_new_tokens")
             del messages[:2]
         new = []
         drawn = stream(model, tokens, max_new_tokens, stop_tokens=[end], generator=generator, **sampling)
@@ -517,7 +519,7 @@ def demo(max_new_tokens: int, seed: int, device: str) -> None:
     text, cpu = torch.tensor(list(topics["assert"].encode())[:500]), torch.Generator().manual_seed(seed)
     model, losses = GPT(GPTConfig(256, 80, 2, 4, 128), generator=cpu).to(device), []
     prompt, n = list(b"The simple form"), min(max_new_tokens, 64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
     for step in range(220):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 30, (220 - step) / 110)
         batch = text[torch.randint(len(text) - 80, (4, 1), generator=cpu) + torch.arange(81)].to(device)
@@ -541,7 +543,12 @@ def demo(max_new_tokens: int, seed: int, device: str) -> None:
 def main(checkpoint: str | None, prompt: str | None, chat: bool, temperature: float, top_p: float, **options) -> None:
     if not 0 <= options["seed"] < 2**32:
         raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {options['seed']}")
-    Sampling(temperature, top_p=top_p)  # bad values are refused before the long work
+    if options["max_new_tokens"] < 1:  # bad values are refused before the long work
+        raise ValueError(f"--max_new_tokens must be at least 1, got {options['max_new_tokens']}")
+    try:
+        Sampling(temperature, top_p=top_p)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
     if chat and prompt == "-":
         raise ValueError("--chat and --prompt - would both read stdin: give the prompt as text")
     if checkpoint is not None:

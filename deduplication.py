@@ -14,7 +14,7 @@ Formula   J(A, B) = |A n B| / |A u B|                            similarity of t
 Shapes    signatures (N, k) uint32; band hashes (N, b) uint64; pairs (M, 2) int64, smaller document first
 Omits     suffix arrays (copies of any length, Lee et al. 4.1); embeddings (copies in other words).
 Run       python deduplication.py                                       one process, under 20 s
-          torchrun --nproc_per_node=2 deduplication.py                  band hashes exchanged, the same answer
+          torchrun --standalone --nproc_per_node=2 deduplication.py     band hashes exchanged, the same answer
           Ends with "recall ..., precision ...: OK"
 Test      pytest tests/test_deduplication.py
 """
@@ -456,8 +456,9 @@ def main(documents: int, permutations: int, threshold: float, seed: int) -> None
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("--documents", type=int, default=1500, help="planted (default %(default)s)")
     parser.add_argument("--permutations", type=int, default=128, help="k (default %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.8,

@@ -9,7 +9,7 @@ Formula   x   = W_e[token] + W_p[position]
 Shapes    tokens (B, T) -> x (B, T, D) -> logits (B, T, V)
 Omits     dropout on attention weights; GPT-3's locally banded sparse layers (its sizes are here).
 Run       python gpt.py    published sizes; then a tiny GPT learns the Zen of Python by heart: half a minute;
-          ends with "max |cached - uncached logits| = ..."
+          Ends with "max |cached - uncached logits| = ..."
 Test      pytest tests/test_gpt.py
 """
 
@@ -446,8 +446,8 @@ def main(steps: int, seed: int) -> None:
         optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 40, 1 - step / steps)
         optimizer.step()
         if step == 0 or (step + 1) % 50 == 0 or step == steps - 1:
-            expected = f"   (expected ln V = {math.log(128):.3f})" if step == 0 else ""
-            print(f"step {step + 1:5}/{steps}   loss {loss:.3f}{expected}")
+            expected = f"  (expected ln V = {math.log(128):.3f})" if step == 0 else ""
+            print(f"step {step + 1:>6}/{steps}  loss {loss:.3f}{expected}")
 
     model.eval()
     tokens, cache = text[None, :16], model.new_cache(1, config.context)

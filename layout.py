@@ -10,6 +10,7 @@ Shapes    a batch: tokens, targets (B, T), the same for all processes that share
 Omits     experts beside context or pipeline parallelism: their balance is a mean over whole texts.
 Run       python layout.py                                                     layouts of 8 processes that fit
           torchrun --standalone --nproc_per_node=2 train.py --tp 2 --steps 20   a training run on one
+          Ends with "... layouts of 8 processes fit, ..."
 Test      pytest tests/test_layout.py
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,7 +84,7 @@ def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
         raise ValueError(f"--ep={sizes.ep} does not divide {E} experts: "
                          + (f"{', '.join(map(str, fitting))} do" if E else "only --model=moe has any"))
     if E and (sizes.cp > 1 or sizes.pp > 1 or sizes.sequence):
-        raise ValueError("experts are balanced over whole texts: a moe takes --dp, --tp and --ep alone")
+        raise ValueError("experts are balanced over whole texts: a moe takes --dp, --tp, and --ep or --zero alone")
     if sizes.zero and sizes.ep > 1:
         raise ValueError(f"--zero={sizes.zero} divides what --ep={sizes.ep} has divided already: take one of them")
     if sizes.zero == 3 and sizes.pp > 1:
@@ -91,15 +93,28 @@ def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
         raise ValueError("--offload moves ZeRO's shards: it needs --zero=1, 2 or 3")
 
 
-def bytes_needed(N: int, sizes: Grid) -> float:
+def expert_parameters(model: dict) -> int:
+    """How many of a model's parameters are its experts': three matrices each; 0 without experts."""
+    return 3 * model["d_model"] * model["d_ff"] * model["n_layers"] * model.get("experts", {}).get("n_experts", 0)
+
+
+def bytes_needed(N: int, sizes: Grid, of_experts: int = 0) -> float:
     """About how many bytes of fp32 weights, gradients and AdamW's moments one process has: 16 N if nothing is divided.
-    With ``offload``, without the moments, which are then not on its device."""
-    P, here = sizes.dp * sizes.cp, N / (sizes.tp * sizes.pp)  # ZeRO's processes; weights are not cut by cp
+    With ``offload``, without the moments, which are then not on its device.
+
+    ``of_experts``: how many of the N are experts', which ep divides and tp does not."""
+    P = sizes.dp * sizes.cp  # ZeRO's processes; weights are not cut by cp
+    here = (N - of_experts) / (sizes.tp * sizes.pp) + of_experts / (sizes.ep * sizes.pp)
     divided = {0: 0, 1: 8, 2: 12, 3: 16}[sizes.zero]  # of 16 bytes per parameter
     return here * (16 - divided + (divided - 8 * sizes.offload) / P)
 
 
 # --- 2. the model ---------------------------------------------------------------------------------------
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """For sums of squares: float64, or what a Mac's GPU has instead."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
 
 @dataclass
 class _Place:
@@ -296,11 +311,11 @@ class ParallelModel:
         if self.sizes.plain:
             return nn.utils.clip_grad_norm_(self.masters.values(), most).item()
         grads = self._gradients()
-        device = next((grad.device for grad in grads.values() if grad is not None), "cpu")
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        device = next((grad.device for grad in grads.values() if grad is not None), torch.device("cpu"))
+        total = torch.zeros((), dtype=exact_dtype(device), device=device)
         for name, grad in grads.items():
             if grad is not None:
-                total += grad.double().square().sum() / self._holders(name)
+                total += grad.to(total.dtype).square().sum() / self._holders(name)
         if self.mesh:
             dist.all_reduce(total)
         if self.zero:
@@ -411,6 +426,7 @@ def main(preset: str, processes: int) -> None:
     settings = TrainConfig(**PRESETS[preset])
     model = describe(settings, {"train": settings.vocab_size, "gpt2": 50257}.get(settings.tokenizer, 100277))
     N = parameters_and_flops(settings.model, model)[0]
+    of_experts = expert_parameters(model)
     divisors = [n for n in range(1, processes + 1) if processes % n == 0]
     fitting, refused = [], 0
     for tp, pp, cp, ep, zero in itertools.product(divisors, divisors, divisors, divisors, range(4)):
@@ -425,18 +441,22 @@ def main(preset: str, processes: int) -> None:
             refused += 1
     print(f"{preset}: {N:,} parameters on {processes} processes; memory without that of activations, about:")
     print("  dp  tp  pp  cp  ep  zero   GB a process   flags of train.py")
-    for s in sorted(fitting, key=lambda s: (bytes_needed(N, s), s.tp * s.pp * s.cp))[:12]:
+    for s in sorted(fitting, key=lambda s: (bytes_needed(N, s, of_experts), s.tp * s.pp * s.cp))[:12]:
         flags = " ".join(f"--{name} {getattr(s, name)}" for name in ("tp", "pp", "cp", "ep", "zero")
                          if getattr(s, name) != getattr(Grid, name))
-        print(f"{s.dp:4} {s.tp:3} {s.pp:3} {s.cp:3} {s.ep:3} {s.zero:5} {bytes_needed(N, s) / 1e9:14.4f}   {flags}")
-    least, most = (f(bytes_needed(N, s) / N for s in fitting) for f in (min, max))
+        needed = bytes_needed(N, s, of_experts) / 1e9
+        print(f"{s.dp:4} {s.tp:3} {s.pp:3} {s.cp:3} {s.ep:3} {s.zero:5} {needed:14.4f}   {flags}")
+    least, most = (f(bytes_needed(N, s, of_experts) / N for s in fitting) for f in (min, max))
     print(f"{len(fitting)} layouts of {processes} processes fit, {refused} do not: {least:.2f} to {most:.2f} bytes per "
           f"parameter (expected at most 16, at least 16 / {processes} = {16 / processes:.2f})")
 
 
 if __name__ == "__main__":
-    from config import PRESETS
-
+    try:
+        from config import PRESETS
+    except ImportError as error:
+        print(f"layout.py: {error}: copy that file beside this one", file=sys.stderr)
+        sys.exit(2)
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage

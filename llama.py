@@ -12,9 +12,11 @@ Shapes    tokens (B, T) -> x (B, T, D) -> logits (B, T, V);   cache (B, Hkv, S, 
 Omits     rope scalings other than Llama 3.1's, biases, a cache that forgets what is behind the sliding window;
           how the published weights are stored: weights.py.
 Run       python llama.py    published sizes, RoPE's property; then a tiny Llama learns by heart: half a minute;
-          ends with "max |cached - uncached logits| = ..."
+          Ends with "max |cached - uncached logits| = ..."
 Test      pytest tests/test_llama.py
 """
+
+from __future__ import annotations
 
 import argparse
 import math
@@ -23,12 +25,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import tiktoken
 
 
 # --- 1. config ------------------------------------------------------------------------------
@@ -572,8 +577,8 @@ def main(steps: int, seed: int) -> None:
         optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 40, 1 - step / steps)
         optimizer.step()
         if step == 0 or (step + 1) % 50 == 0 or step == steps - 1:
-            expected = f"   (expected ln V = {math.log(128):.3f})" if step == 0 else ""
-            print(f"step {step + 1:5}/{steps}   loss {loss:.3f}{expected}")
+            expected = f"  (expected ln V = {math.log(128):.3f})" if step == 0 else ""
+            print(f"step {step + 1:>6}/{steps}  loss {loss:.3f}{expected}")
 
     model.eval()
     tokens, cache = text[None, :16], model.new_cache(1, config.context)

@@ -141,7 +141,7 @@ def _run(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 def _grouped_product(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """rows (A, in) in E groups, weights (E, out, in) -> (A, out): each group by the transpose of its own matrix."""
-    dtypes = (torch.bfloat16,) if rows.is_cuda else (torch.bfloat16, torch.float32)
+    dtypes = {"cuda": (torch.bfloat16,), "cpu": (torch.bfloat16, torch.float32)}.get(rows.device.type, ())
     aligned = not any(size * rows.element_size() % 16 for size in weights.shape[1:])  # else it raises
     if hasattr(F, "grouped_mm") and aligned and rows.dtype == weights.dtype in dtypes and len(rows):
         return F.grouped_mm(rows, weights.mT, offs=counts.cumsum(0, dtype=torch.int32))  # torch 2.10 and later

@@ -9,6 +9,7 @@ Shapes    answers (B, T) of word ids, each begun with an end, and their mask (B,
 Omits     what larger reward models and more comparisons change (the paper's laws); prompts; people.
 Run       python overoptimisation.py           PPO without and with the penalty, as python rlhf.py: half a minute
           python overoptimisation.py --kl 0    without alone
+          Ends with "kl 0.2, ... nats away: learned reward ..."
 Test      pytest tests/test_overoptimisation.py
 """
 
@@ -218,7 +219,8 @@ def show_overoptimisation(kl: float, steps: int, pairs: int, seed: int, plot: st
         verdict += (f"\nkl {kl:g}, {divergence:.1f} nats away: learned reward {learned:.2f} -> {believed:.2f}, "
                     f"labeller's {gold:.2f} -> {held:.2f} (expected both up)")
         as_expected = as_expected and believed > learned and held > gold
-    print(verdict + (": OK" if as_expected else ": WRONG (it takes some 30 steps, and a --kl near 0.2)"))
+    print(verdict + (": OK" if as_expected else
+                     ": WRONG, expected as said (it takes some 30 steps, and a --kl near 0.2)"))
 
 
 def main(program: str) -> None:

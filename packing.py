@@ -13,7 +13,7 @@ Shapes    lengths (documents,) -> plan (pieces, 4); documents (n_d,) and plan ->
           document ids -> mask (B, 1, T, T)
           model(inputs, PackedRows(document ids)): attention and positions of each document as if it stood alone
 Omits     skipping what the mask hides (flash_attn.py does, given ``ids``); documents on the disk: shards.py.
-Run       python packing.py                      Python's documentation, 3 s; ends with "refused by name: True"
+Run       python packing.py                      Python's documentation, 3 s; ends with "refused by name: True ..."
           python packing.py --data 'my/*.txt' --context 1024 --out tokens
 Test      pytest tests/test_packing.py
 """
@@ -305,7 +305,8 @@ def main(data: str | None, context: int, held_out: float, seed: int, out: str | 
             refused = not open_shard(flipped)
         except ShardError as error:
             refused = str(flipped) in str(error)
-        print(f"every token a target exactly once: {once}; a flipped bit is refused by name: {refused}")
+        print(f"every token a target exactly once: {once}; a flipped bit is refused by name: {refused} "
+              "(expected True, True)")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Omits     subwords, lower-casing; apostrophes come back as words of their own. T
 Run       python pairs.py                      pairs with their alignments, and batches of them
           python pairs.py --language german
           python pairs.py --data fra.tsv       sentence pairs of your own, Tatoeba's say
-          ends with "read back from their batches ..."
+          Ends with "read back from their batches ..."
 Test      pytest tests/test_pairs.py
 """
 
@@ -188,7 +188,7 @@ def align(source: Sequence[Word], target: Sequence[Word]) -> Pair:
 
 
 def generate_pairs(count: int, language: str = "french", max_items: int = 3, seed: int = 0) -> list[Pair]:
-    """``count`` different lists of 1 .. max_items numbers below 10^6 and dates, in English and in ``language``.
+    """Up to ``count`` different lists of 1 .. max_items numbers below 10^6 and dates, in English and in ``language``.
 
     One item in four is a date of the years 1100 to 2099; a number has 1 to 6 digits, each as likely.
     Raises ValueError for a language other than french and german, or a count or max_items below 1.
@@ -245,11 +245,12 @@ def read_pairs(path: str | Path) -> list[Pair]:
             has_ids = len(columns) > 2 and columns[0].strip().isdecimal() and columns[2].strip().isdecimal()
         if len(columns) < 2 + 2 * has_ids:
             layout = "id, sentence, id, translation" if has_ids else "sentence, translation"
-            raise ValueError(f"{path}, line {number}: {len(columns)} of the columns {layout} (separated by tabs)")
+            raise ValueError(f"{path}, line {number}: {len(columns)} of the columns {layout}: separate them by tabs")
         columns = columns[1::2] if has_ids else columns
         source, target = (to_words(column) for column in columns[:2])
         if not source or not target:
-            raise ValueError(f"{path}, line {number}: the {'translation' if source else 'sentence'} is empty")
+            raise ValueError(f"{path}, line {number}: the {'translation' if source else 'sentence'} is empty: correct "
+                             "or remove the line")
         pairs.append(Pair(source, target))
     if not pairs:
         raise ValueError(f"{path}: no sentence pairs: give lines of a sentence, a tab and its translation")
@@ -357,7 +358,10 @@ def translate(search: Callable[[Tensor, Tensor], list[list[int]]], sentences: Se
 
 # --- 3. demo ----------------------------------------------------------------------------------
 
-def main(data: str | None, language: str | None, count: int, seed: int) -> None:
+def main(data: str | None, language: str | None, count: int | None, seed: int) -> None:
+    if data and count is not None:
+        raise ValueError("--count means nothing beside --data")
+    count = 1000 if count is None else count
     if count < 1 or not 0 <= seed < 2**32:
         raise ValueError(f"--count must be at least 1 and --seed in 0 .. 2^32 - 1, got {count} and {seed}")
     if data and language:
@@ -396,7 +400,7 @@ if __name__ == "__main__":
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="file of lines: sentence, tab, translation (default: generated ones)")
     parser.add_argument("--language", choices=["french", "german"], help="of the generated pairs (default french)")
-    parser.add_argument("--count", type=int, default=1000, help="how many to generate (default %(default)s)")
+    parser.add_argument("--count", type=int, help="how many to generate (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs and batches (default %(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     try:

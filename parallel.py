@@ -8,9 +8,9 @@ Formula   g = (1/P) sum_r g_r,  g_r the gradient of the mean loss over rank r's 
 Shapes    n numbers -> P chunks of C = ceil(n/P); buckets are flat
 Omits     trees (log P rounds, better for short messages), sparse gradients, buffers kept in step after the
           start (batch norm), compression.
-Run       python parallel.py                          2 processes on the CPU, 10 s
-          torchrun --nproc_per_node=2 parallel.py     the same on processes that torchrun starts
-          python parallel.py --communication          what data, tensor, pipeline ... parallelism send
+Run       python parallel.py                                       2 processes on the CPU, 10 s
+          torchrun --standalone --nproc_per_node=2 parallel.py     the same on processes that torchrun starts
+          python parallel.py --communication                       what data, tensor, pipeline ... parallelism send
           Ends with "max |DP - one process| = ..."
 Test      pytest tests/test_parallel.py
 """
@@ -453,7 +453,8 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("--ranks", type=int, default=2,
                         help="processes to start, if not under torchrun (default %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default %(default)s)")

@@ -195,7 +195,7 @@ class _Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a .metadata file. Whatever class or function it names and is not known here could be code."""
+    """Reads a .metadata file. Whatever class or function it names that is not known here could be code."""
     records = {"torch.distributed.checkpoint.metadata": (
                    "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
                    "StorageMeta", "_MEM_FORMAT_ENCODING"),
@@ -219,8 +219,8 @@ def stored(folder: str | os.PathLike) -> dict[str, Stored]:
     """What a folder holds, from its .metadata alone.
 
     Raises:
-        OSError: if it cannot be read. pickle.UnpicklingError: if it holds what could run code. Or whatever foreign
-        bytes lead to: KeyError, TypeError, EOFError ...
+        OSError: if it cannot be read. pickle.UnpicklingError: if it holds what could run code. ValueError: if it names
+        a file outside of the folder. Or whatever foreign bytes lead to: KeyError, TypeError, EOFError ...
     """
     with open(os.path.join(folder, ".metadata"), "rb") as file:
         metadata = _Unpickler(file).load().state

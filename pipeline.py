@@ -130,7 +130,8 @@ class Pipeline:
         slices: ranks that share T between the blocks, as ``tensor_parallel(..., sequence=True)`` makes them.
 
     Raises:
-        ValueError: if there are fewer blocks than stages, or the schedule is for another number of ranks.
+        ValueError: if there are fewer blocks than stages, the schedule is for another number of ranks, or costs are of
+            another number of blocks.
     """
 
     def __init__(self, model: nn.Module, ranks: Sequence[Sequence], group: dist.ProcessGroup | None = None,
@@ -410,15 +411,15 @@ def main(options: argparse.Namespace) -> None:
     if options.simulate:
         print(schedules.simulate(options.ranks))
         return
-    P, M, V = options.stages, options.microbatches, options.chunks
-    if not (1 <= P <= 16 and 1 <= M <= 64 and 1 <= V <= 4 and 0 <= options.seed < 2**32):
+    P, M, v = options.stages, options.microbatches, options.chunks
+    if not (1 <= P <= 16 and 1 <= M <= 64 and 1 <= v <= 4 and 0 <= options.seed < 2**32):
         raise ValueError("--stages must be in 1 .. 16, --microbatches in 1 .. 64, --chunks in 1 .. 4 and --seed in "
-                         f"0 .. 2^32 - 1, got {P}, {M}, {V} and {options.seed}")
-    ranks = schedules.schedule(options.schedule, P, M, V)
+                         f"0 .. 2^32 - 1, got {P}, {M}, {v} and {options.seed}")
+    ranks = schedules.schedule(options.schedule, P, M, v)
     schedules.new_figure(options.plot, 1, 1)  # what cannot be drawn is known before the work
     times = schedules.timeline(ranks)
-    print(f"planned: {options.schedule}, P = {P}, M = {M}, V = {V}; bubble {schedules.bubble(times):.4f}, formula "
-          f"{schedules.bubble_formula(options.schedule, P, M, V):.4f}")
+    print(f"planned: {options.schedule}, P = {P}, M = {M}, v = {v}; bubble {schedules.bubble(times):.4f}, formula "
+          f"{schedules.bubble_formula(options.schedule, P, M, v):.4f}")
     print(schedules.draw_text(times))
     from processes import start_ranks
     with tempfile.TemporaryDirectory() as folder:  # the ranks meet through a file: no port to be taken

@@ -5,16 +5,17 @@ Idea      Stages of a model stand on P ranks one after the other, M microbatches
           timeline follows from what they wait for. It is the same code for 4 ranks that run and 4096 that do not.
 Formula   bubble = idle time / all time of a step, for stages of equal time, backward = 2 forward:
           GPipe, 1F1B      (P-1) / (M + P-1)             Huang et al. 2019; Narayanan et al. 2021, section 2.2
-          interleaved      (P-1) / (V M + P-1)           V stages a rank: Narayanan et al. 2021, section 2.2
+          interleaved      (P-1) / (v M + P-1)           v stages a rank: Narayanan et al. 2021, section 2.2
           zero-bubble H1   (P-1) / (3 M + P-1)           backward = input part I + weight part W: Qi et al. 2023
                                                          for M >= P: fewer microbatches cannot fill the ends
-          activations held, in microbatches: GPipe M, 1F1B and ZB-H1 at most P; interleaved, of stages of 1/V the
-          size, at most 2 (P-1) + (V-1) P + 1
+          activations held, in microbatches: GPipe M, 1F1B and ZB-H1 at most P; interleaved, of stages of 1/v the
+          size, at most 2 (P-1) + (v-1) P + 1
 Shapes    no tensors here: ranks -> operations -> times; pipeline.py runs them
 Omits     schedules that hold more than 1F1B to have no bubble at all (ZB-H2, ZB-V); stages of unequal time in the plan.
 Run       python pipeline_schedules.py                             four schedules, drawn: P = 4, M = 8
           python pipeline_schedules.py --plot timelines.png        the same as a picture
           python pipeline_schedules.py --simulate --ranks 4096     a 175B model: the best layouts
+          Ends with "max |bubble - formula| = ...", or the best layout
 Test      pytest tests/test_pipeline.py
 """
 
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 
 # --- 1. schedules -------------------------------------------------------------------------------------
 #
-# Stage s = 0 .. V P - 1 lives on rank s mod P. An operation is one of
+# Stage s = 0 .. v P - 1 lives on rank s mod P. An operation is one of
 #   F  forward of a microbatch through a stage             needs F of the stage before
 #   B  its whole backward                                  needs B of the stage behind, and its own F
 #   I  the part of B that the stage before waits for: the gradient of the input
@@ -49,30 +50,30 @@ class Op:
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb")
 
 
-def schedule(name: str, P: int, M: int, V: int = 1) -> list[list[Op]]:
-    """The operations of every rank, in order: P ranks, M microbatches, V stages a rank (for "interleaved").
+def schedule(name: str, P: int, M: int, v: int = 1) -> list[list[Op]]:
+    """The operations of every rank, in order: P ranks, M microbatches, v stages a rank (for "interleaved").
 
     Raises ValueError for an unknown name or numbers that make no schedule.
     """
-    if name not in SCHEDULES or min(P, M, V) < 1 or (V > 1 and name != "interleaved"):
+    if name not in SCHEDULES or min(P, M, v) < 1 or (v > 1 and name != "interleaved"):
         raise ValueError(f"a schedule is one of {', '.join(SCHEDULES)} with at least one rank and microbatch, and "
-                         f"several stages a rank only if interleaved, got {name!r}, P={P}, M={M}, V={V}")
+                         f"several stages a rank only if interleaved, got {name!r}, P={P}, M={M}, v={v}")
     if name == "zb":
         return _zero_bubble(P, M)
     if name == "gpipe":  # all forwards, then all backwards
         return [[Op("F", m, r) for m in range(M)] + [Op("B", m, r) for m in range(M)] for r in range(P)]
     # One forward, one backward: a few forwards ahead, just enough for the first gradient to come back; then every
-    # backward frees what the next forward fills. With V stages a rank, P microbatches at a time go through one
-    # stage, then through the rank's next one; a microbatch comes round V times. If M is no multiple of P the last
+    # backward frees what the next forward fills. With v stages a rank, P microbatches at a time go through one
+    # stage, then through the rank's next one; a microbatch comes round v times. If M is no multiple of P the last
     # round is short, and a few forwards more save time until a gradient is there: the shortest step is taken.
     candidates = []
-    for more in range(1 if V == 1 or M % P == 0 else P * V):
+    for more in range(1 if v == 1 or M % P == 0 else P * v):
         ranks = []
         for r in range(P):
             rounds = [range(g, min(g + P, M)) for g in range(0, M, P)]
-            forwards = [Op("F", m, v * P + r) for g in rounds for v in range(V) for m in g]
-            backwards = [Op("B", m, v * P + r) for g in rounds for v in reversed(range(V)) for m in g]
-            ahead = P - r - 1 if V == 1 else 2 * (P - r - 1) + (V - 1) * P
+            forwards = [Op("F", m, i * P + r) for g in rounds for i in range(v) for m in g]
+            backwards = [Op("B", m, i * P + r) for g in rounds for i in reversed(range(v)) for m in g]
+            ahead = P - r - 1 if v == 1 else 2 * (P - r - 1) + (v - 1) * P
             ahead = min(ahead + more, len(forwards))
             steady = [op for pair in zip(forwards[ahead:], backwards) for op in pair]
             ranks.append(forwards[:ahead] + steady + backwards[len(forwards) - ahead:])
@@ -159,9 +160,9 @@ def bubble(times: Iterable[Timed]) -> float:
     return 1 - sum(t.end - t.start for t in times) / (whole * (1 + max(t.rank for t in times)))
 
 
-def bubble_formula(name: str, P: int, M: int, V: int = 1) -> float:
+def bubble_formula(name: str, P: int, M: int, v: int = 1) -> float:
     """The same by the header's formulas: exact for stages of equal time, if P divides M (interleaved), M >= P (zb)."""
-    return (P - 1) / ({"interleaved": V, "zb": 3}.get(name, 1) * M + P - 1)
+    return (P - 1) / ({"interleaved": v, "zb": 3}.get(name, 1) * M + P - 1)
 
 
 def peak_held(ops: Iterable[Op]) -> int:
@@ -259,11 +260,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share what: ranks = dp * tp * pp; V stages a rank, microbatches of ``micro`` sequences."""
+    """How many ranks share what: ranks = dp * tp * pp; v stages a rank, microbatches of ``micro`` sequences."""
     dp: int
     tp: int
     pp: int
-    V: int = 1
+    v: int = 1
     micro: int = 1
 
 
@@ -284,16 +285,16 @@ def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Clus
     Beside Narayanan et al. 2021, table 1, who count the recomputed forward too (4/3 of this MFU): 175B on 1024 A100s
     50 % of the peak, published 45; 1T on 3072 50 %, published 52. The timeline alone, beside small pipelines that ran,
     given the times of their operations: within 25 % of a step (tests/test_pipeline.py). Beside 2 processes on a CPU,
-    given their speed and links: within 20 %, dp -5 %, tp -18 %, pp -8 % (bench/parallel.py --only simulate).
+    given their speed and links: within 20 %, dp -5 %, tp -16 %, pp -5 % (bench/parallel.py --only simulate).
 
     Raises ValueError for a layout that does not fit the model or the batch.
     """
-    dp, tp, pp, V, b = layout.dp, layout.tp, layout.pp, layout.V, layout.micro
+    dp, tp, pp, v, b = layout.dp, layout.tp, layout.pp, layout.v, layout.micro
     M, rest = divmod(work.sequences, max(1, dp * b))
-    if min(dp, tp, pp, V, b) < 1 or rest or not M or work.n_layers % (pp * V) or work.d_model // work.head_width % tp:
-        raise ValueError(f"{layout} does not divide {work}: dp * micro must divide the sequences, pp * V the layers "
+    if min(dp, tp, pp, v, b) < 1 or rest or not M or work.n_layers % (pp * v) or work.d_model // work.head_width % tp:
+        raise ValueError(f"{layout} does not divide {work}: dp * micro must divide the sequences, pp * v the layers "
                          "and tp the heads")
-    layers, tokens = work.n_layers // (pp * V), b * work.context  # of a stage; of a microbatch
+    layers, tokens = work.n_layers // (pp * v), b * work.context  # of a stage; of a microbatch
     forward = layers * tokens * (24 * work.d_model**2 + 4 * work.context * work.d_model) / (tp * cluster.flops)
     message = work.value_bytes * tokens * work.d_model / tp  # bytes; each tensor-parallel rank sends a slice
     reduced = 2 * layers * 2 * (tp - 1) / tp * work.value_bytes * tokens * work.d_model  # bytes, 2 all-reduces a layer
@@ -305,16 +306,16 @@ def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Clus
             return forward + talk
         return (2 + work.recompute) * forward + (1 + work.recompute) * talk
 
-    times = timeline(schedule(name or ("interleaved" if V > 1 else "1f1b"), pp, M, V), seconds,
+    times = timeline(schedule(name or ("interleaved" if v > 1 else "1f1b"), pp, M, v), seconds,
                      message / cluster.between_nodes + cluster.latency if pp > 1 else 0.0)
     weights = 12 * work.n_layers * work.d_model**2 / (tp * pp)
     gradients = 2 * (dp - 1) / dp * work.value_bytes * weights  # bytes
     total = max(t.end for t in times) + gradients / cluster.between_nodes
     useful = 3 * work.sequences * work.context * (
         work.n_layers * (24 * work.d_model**2 + 4 * work.context * work.d_model) + 2 * work.vocab_size * work.d_model)
-    stages, passes = 2 * V * M * (pp > 1), 2 + work.recompute
-    return Step(total, bubble(times), passes * M * V * reduced * (tp <= cluster.gpus_per_node),
-                gradients + stages * message + passes * M * V * reduced * (tp > cluster.gpus_per_node),
+    stages, passes = 2 * v * M * (pp > 1), 2 + work.recompute
+    return Step(total, bubble(times), passes * M * v * reduced * (tp <= cluster.gpus_per_node),
+                gradients + stages * message + passes * M * v * reduced * (tp > cluster.gpus_per_node),
                 useful / (total * dp * tp * pp * cluster.flops / 0.6))
 
 
@@ -326,24 +327,24 @@ def simulate(ranks: int, work: Workload = Workload(), cluster: Cluster = Cluster
     if ranks < 1:
         raise ValueError(f"--ranks must be at least 1, got {ranks}")
     found = []
-    for tp, pp, V, b in itertools.product((1, 2, 4, 8), range(1, work.n_layers + 1), (1, 2, 3), (1, 2, 4)):
+    for tp, pp, v, b in itertools.product((1, 2, 4, 8), range(1, work.n_layers + 1), (1, 2, 3), (1, 2, 4)):
         weights = 12 * work.n_layers * work.d_model**2 / (tp * pp)
         # of each layer its input is kept, in bf16, for as many microbatches as 1F1B holds
         kept = 2 * work.n_layers / pp * min(pp, work.sequences) * b * work.context * work.d_model
         if ranks % (tp * pp) or 18 * weights + kept / tp > gigabytes * 1e9:
             continue
-        if V > 1 and (pp == 1 or work.sequences // (ranks // (tp * pp) * b) % pp):  # its rounds would be ragged
+        if v > 1 and (pp == 1 or work.sequences // (ranks // (tp * pp) * b) % pp):  # its rounds would be ragged
             continue
-        layout = Layout(ranks // (tp * pp), tp, pp, V, b)
+        layout = Layout(ranks // (tp * pp), tp, pp, v, b)
         with contextlib.suppress(ValueError):
             found.append((predict(layout, work, cluster), layout))
     if not found:
         state = 18 * 12 * work.n_layers * work.d_model**2 / 1e9
         raise ValueError(f"no layout of {ranks} GPUs fits: weights, gradients and optimizer take {state:,.0f} GB, "
                          f"and ranks / (tp * pp) must divide a batch of {work.sequences} sequences")
-    lines = ["  dp  tp  pp   V   b   step      bubble   MFU   GB inside nodes   GB between"]
+    lines = ["  dp  tp  pp   v   b   step      bubble   MFU   GB inside nodes   GB between"]
     for step, layout in sorted(found, key=lambda pair: pair[0].seconds)[:8]:
-        lines.append(f"{layout.dp:4} {layout.tp:3} {layout.pp:3} {layout.V:3} {layout.micro:3} {step.seconds:8.2f} s "
+        lines.append(f"{layout.dp:4} {layout.tp:3} {layout.pp:3} {layout.v:3} {layout.micro:3} {step.seconds:8.2f} s "
                      f"{step.bubble:6.3f}   {step.mfu:4.0%} {step.bytes_inside / 1e9:12.1f} "
                      f"{step.bytes_between / 1e9:14.1f}")
     best = min(found, key=lambda pair: pair[0].seconds)
@@ -360,17 +361,17 @@ def main(options: argparse.Namespace) -> None:
     new_figure(options.plot, 1, 1)  # what cannot be drawn is known before the work
     worst, timelines = 0.0, {}
     for name in SCHEDULES:
-        V = 2 if name == "interleaved" else 1
-        ranks = schedule(name, options.stages, options.microbatches, V)
-        times = timeline(ranks, lambda op: unit_seconds(op) / V)  # a rank's stages together do the same work
-        found, expected = bubble(times), bubble_formula(name, options.stages, options.microbatches, V)
+        v = 2 if name == "interleaved" else 1
+        ranks = schedule(name, options.stages, options.microbatches, v)
+        times = timeline(ranks, lambda op: unit_seconds(op) / v)  # a rank's stages together do the same work
+        found, expected = bubble(times), bubble_formula(name, options.stages, options.microbatches, v)
         exact = {"interleaved": options.microbatches % options.stages == 0,
                  "zb": options.microbatches >= options.stages}.get(name, True)
         worst = max(worst, abs(found - expected)) if exact else worst
         print(f"{name}: bubble {found:.4f}, formula {expected:.4f}; microbatches held "
-              f"{[peak_held(ops) for ops in ranks]}" + (" of stages of half the size" if V == 2 else ""))
+              f"{[peak_held(ops) for ops in ranks]}" + (" of stages of half the size" if v == 2 else ""))
         print(draw_text(times))
-        timelines[name + " (two chunks a rank)" * (V == 2)] = times
+        timelines[name + " (two chunks a rank)" * (v == 2)] = times
     if options.plot:
         draw(options.plot, timelines)
         print(f"drawn: {options.plot}")

@@ -139,6 +139,12 @@ def join(device: str | None = None, timeout: int = 600) -> World:
     return World(rank, size, local_rank, local_size, mine, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of a collective says that another process is gone, or silent for longer than the time-out."""
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in (
+        "Connection closed", "Connection reset", "Connection refused", "imed out", "Broken pipe"))
+
+
 def start_ranks(function: Callable, arguments: tuple, P: int) -> None:
     """function(rank, *arguments) in P processes that end with this one, for demos without torchrun: Ctrl-C is for this
     process alone."""
@@ -229,7 +235,8 @@ def main(device: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best that is here)")
     try:
         main(**vars(parser.parse_args()))

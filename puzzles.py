@@ -17,6 +17,7 @@ Shapes    a text is a string; ``ids_of`` gives a list of ids below ``len(VOCABUL
 Omits     code with unit tests, proofs, and answers that are equal without being the same text ("0.5" and "1/2").
 Run       python puzzles.py                          one problem of each task and level, and what the checkers say
           python puzzles.py --task countdown --level 6    one kind alone
+          Ends with "answer and format rewards as expected: ..."
 Test      pytest tests/test_puzzles.py
 """
 
@@ -263,7 +264,8 @@ def main(task: str, level: int | None, seed: int) -> None:
                 judged, as_expected = judged + 1, as_expected + (found == expected)
                 if found != expected:
                     print(f"    {text!r}: rewards {found}, expected {expected}")
-    print(f"answer and format rewards as expected: {as_expected} of {judged} texts, right, wrong and cunning")
+    print(f"answer and format rewards as expected: {as_expected} of {judged} texts, right, wrong and cunning "
+          "(expected all)")
 
 
 def _attempts(puzzle: Puzzle) -> dict[str, tuple[float, float]]:

@@ -86,7 +86,7 @@ def has_three_sentences(page: str) -> bool:
 
 class BadWords:
     """Called with a page: True if it has none of the words and phrases, which are found as whole words in any
-    case. `BadWords.from_file` reads one a line, as in the List of Dirty, Naughty, Obscene or Otherwise Bad Words.
+    case. ``BadWords.from_file`` reads one a line, as in the List of Dirty, Naughty, Obscene or Otherwise Bad Words.
     """
 
     def __init__(self, words: Iterable[str]):
@@ -99,9 +99,10 @@ class BadWords:
         """Raises ValueError, which names the file, if it cannot be read or holds no word."""
         try:
             made = cls(Path(path).read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", "not UTF-8")
-            raise ValueError(f"{path}: cannot be read ({why}): give a file in UTF-8, one word a line") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, byte {error.start}: is not UTF-8: convert the file first") from None
         if not made.words and not made.phrases:
             raise ValueError(f"{path}: holds no word: give one word or phrase a line")
         return made
@@ -237,7 +238,7 @@ def ngram_shares(words: Sequence[str]) -> dict[int, float]:
 
 
 def has_few_copied_ngrams(lines: Sequence[str], words: Sequence[str]) -> bool:
-    """No n-gram of words, or all that occur twice together, make too much of the page."""
+    """Neither one n-gram of words, nor all that occur more than once taken together, make too much of the page."""
     shares = ngram_shares(words)
     return all(shares[n] <= most for n, most in (TOP_NGRAM | COPIED_NGRAMS).items())
 
@@ -353,7 +354,7 @@ def main(data: str | None, bad_words: str | None, examples: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--bad_words", metavar="FILE", help="one word or phrase a line (default: none)")

@@ -145,7 +145,7 @@ class QualityClassifier:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "QualityClassifier":
-        """What `save` wrote; ValueError for any other file."""
+        """What ``save`` wrote; ValueError for any other file."""
         try:
             with np.load(path) as saved:
                 made = cls(len(saved["weights"]), float(saved["l2"]))
@@ -189,12 +189,13 @@ def main(data: str | None, trusted: str | None, alpha: float) -> None:
         kept = np.mean([classifier.keeps(text, alpha) for text in texts])
         print(f"{len(texts):6,} {name:7} documents: mean score {p.mean():.3f}, kept {kept:.1%} "
               f"(expected about {np.mean((2 - p) ** -alpha):.1%})")
-    print(f"held-out ROC AUC {auc:.3f}: " + ("better than guessing (0.5)" if auc > 0.6 else "no better than guessing"))
+    print(f"held-out ROC AUC {auc:.3f}: " + ("OK, above 0.6" if auc > 0.6 else
+                                             "WRONG, expected above 0.6 (guessing: 0.5)"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="raw pages, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--trusted", help="files of the quality that is wanted (default: Python's help topics)")

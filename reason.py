@@ -17,21 +17,22 @@ Shapes    prompts and responses: lists of ids, ragged -> tokens, mask (B, T), 1.
   3         self-training    2's own right answers, with general data, from base    600k + 200k samples
   4         diverse RL       checked answers, and a learned reward for the rest     helpfulness, harmlessness
 
-Measured  the whole demo, 500 held-out chains of 6 operations, 135 s on two cores. Direct answers 0.108, worked steps
-          1.000. Base 0.144, zero 0.548; cold start 0.452, after RL 0.876 (length 8.8 -> 13.0), phase 3 0.918, phase 4
-          0.938; RL with a random reward 0.178. One of 16 samples of phase 2's model 0.871, their majority 1.000: 12.9
-          points. With --seed 3 and 4: cold start 0.592 and 0.466, after RL 0.930 and 0.894; one sample 0.913 and 0.891,
-          majority 1.000 and 0.998. RL and votes share what is between cold start and 1: each step gives to the one and
-          takes from the other. By steps of RL, one sample of 250 (seeds 0 and 1): cold start 0.485 and 0.566; 4: 0.698,
-          0.767; 8: 0.878, 0.916; 12: 0.930, 0.953, where the majority of 16, 1.000, is but 4.7 points above with seed
-          1. So the demo takes 7.
+Also      measured: the whole demo, 500 held-out chains of 6 operations, 135 s on two cores. Direct answers 0.108,
+          worked steps 1.000. Base 0.144, zero 0.548; cold start 0.452, after RL 0.876 (length 8.8 -> 13.0), phase 3
+          0.918, phase 4 0.938; RL with a random reward 0.178. One of 16 samples of phase 2's model 0.871, their
+          majority 1.000: 12.9 points. With --seed 3 and 4: cold start 0.592 and 0.466, after RL 0.930 and 0.894; one
+          sample 0.913 and 0.891, majority 1.000 and 0.998. RL and votes share what is between cold start and 1: each
+          step gives to the one and takes from the other. By steps of RL, one sample of 250 (seeds 0 and 1): cold start
+          0.485 and 0.566; 4: 0.698, 0.767; 8: 0.878, 0.916; 12: 0.930, 0.953, where the majority of 16, 1.000, is but
+          4.7 points above with seed 1. So the demo takes 7.
 
 Omits     other tasks than chains, which is all that this model learns in minutes (puzzles.py makes harder ones);
           the language-consistency reward, a judge model in phase 3, distillation, levels that grow with the model.
-Run       python reason.py                      all of it from random weights: minutes
-          python reason.py --plot growth.png    length and accuracy under RL as a picture (needs matplotlib)
-          python reason.py --out thinker.pt     keeps the model, for inference_scaling.py
-          torchrun --nproc_per_node=2 reason.py    batches and samples shared out over processes
+Run       python reason.py                                      all of it from random weights: minutes
+          python reason.py --plot growth.png                    length and accuracy under RL as a picture
+          python reason.py --out thinker.pt                     keeps the model, for inference_scaling.py
+          torchrun --standalone --nproc_per_node=2 reason.py    batches and samples shared out over processes
+          Ends with "points gained: chain of thought over direct ..."
 Test      pytest tests/test_reason.py
 """
 
@@ -393,7 +394,8 @@ def main(level: int, steps: int, rl_steps: int, problems: int, seed: int, plot: 
         points = (100 * gain for gain in (*gains, zero_gain, control_gain))
         print("points gained: chain of thought over direct {:.1f} (expected at least 20), RL over the cold start "
               "{:.1f} (at least 15), majority of 16 over one {:.1f} (at least 5); over the base, RL {:.1f} and with a "
-              "random reward {:.1f} (under a third of it): {}".format(*points, "OK" if as_expected else "WRONG"))
+              "random reward {:.1f} (under a third of it): {}".format(
+                  *points, "OK" if as_expected else "WRONG, expected as said"))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -466,7 +468,8 @@ def _draw(figure, grown: dict[str, list[Growth]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("--level", type=int, default=LEVEL,
                         help="operations of the hardest chains (default %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS,

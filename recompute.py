@@ -134,6 +134,11 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()
 # --- 4. demo -------------------------------------------------------------------------------------------
 
 def main(kind: str, n_layers: int, d_model: int, context: int, repeats: int, seed: int) -> None:
+    if min(n_layers, context, repeats) < 1 or d_model < 8 or d_model % 8:
+        raise ValueError("--n_layers, --context and --repeats must be at least 1, --d_model a multiple of 8, got "
+                         f"{n_layers}, {context}, {repeats} and {d_model}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
     from models import build
 
     sizes = {"vocab_size": 256, "context": context, "n_layers": n_layers, "n_heads": 4, "d_model": d_model}
@@ -183,21 +188,15 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--model", dest="kind", choices=("gpt", "llama"), default="gpt",
-                        help="(default %(default)s)")
+                        help="whose blocks (default %(default)s)")
     parser.add_argument("--n_layers", type=int, default=6, help="blocks (default %(default)s)")
     parser.add_argument("--d_model", type=int, default=256,
                         help="width of the model, a multiple of 8 (default %(default)s)")
     parser.add_argument("--context", type=int, default=256, help="tokens of a text (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=10, help="steps to time (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokens (default %(default)s)")
-    options = parser.parse_args()
-    if min(options.n_layers, options.context, options.repeats) < 1 or options.d_model < 8 or options.d_model % 8:
-        parser.error("--n_layers, --context and --repeats must be at least 1, --d_model a multiple of 8, got "
-                     f"{options.n_layers}, {options.context}, {options.repeats} and {options.d_model}")
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed must be in 0 .. 2^32 - 1, got {options.seed}")
     try:
-        main(**vars(options))
+        main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130)
     except (ValueError, OSError) as error:

@@ -10,8 +10,8 @@ Formula   o = sum_i w_i o_i,  w_i = exp(lse_i - lse),  lse = log sum_i exp(lse_i
 Shapes    q (B, H, T/P, Dh), k and v (B, Hkv, T/P, Dh) on each rank -> (B, H, T/P, Dh)
           a rank sends (P-1) 2 B Hkv T/P Dh numbers forward, about twice that backward
 Omits     attention between texts of different length (q and k of one sequence here), windows, dropout of attention.
-Run       python ring_attention.py                                    2 processes on the CPU, 10 s
-          torchrun --nproc_per_node=2 ring_attention.py --length 512    the same on processes that torchrun starts
+Run       python ring_attention.py                                                 2 processes on the CPU, 10 s
+          torchrun --standalone --nproc_per_node=2 ring_attention.py --length 512    on processes that torchrun starts
           Ends with "max |ring - one process| = ..."
 Test      pytest tests/test_ring_attention.py
 """
@@ -324,7 +324,8 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("--ranks", type=int, default=2,
                         help="processes to start, if not under torchrun (default %(default)s)")
     parser.add_argument("--length", type=int, default=768,

@@ -36,6 +36,7 @@ Omits     reward models and DPO: preference.py. Gradients of pre-training mixed 
 Run       python rlhf.py                    PPO on a learned reward, without the penalty and with it: half a minute
           python rlhf.py --kl 0             without alone: the learned reward climbs, the labeller's own falls
           python rlhf.py --plot rlhf.png    both against KL (needs matplotlib)
+          Ends with "kl 0.2, ... nats away: ..."
 Test      pytest tests/test_rlhf.py
 """
 
@@ -220,7 +221,8 @@ class AdaptiveKL:
 
 # --- 3. losses: minimised, so the objective's sign is turned -----------------------------------------------
 
-def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, count: float | None = None) -> Tensor:
+def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor,
+                   count: float | Tensor | None = None) -> Tensor:
     """Mean over answers of -A log p(answer): its gradient at the policy that answered is the policy gradient.
     Williams 1992; with ``rloo_advantages``: Ahmadian et al. 2024 (2402.14740).
 
@@ -228,7 +230,7 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor, count: f
     """
     _same_shape(log_probs=log_probs, mask=mask)
     _same_shape(advantages=advantages, rows=mask[:, 0])
-    return -(advantages * (log_probs * mask).sum(1)).sum() / (count or max(1, len(advantages)))
+    return -(advantages * (log_probs * mask).sum(1)).sum() / (max(1, len(advantages)) if count is None else count)
 
 
 def ppo_loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2,
@@ -283,7 +285,7 @@ def _less_mean(rewards: Tensor) -> Tensor:
 
 def grpo_loss(new: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, mask: Tensor, clip: float = 0.2,
               kl: float = 0.04, length: str = "sequence", max_length: int | None = None,
-              count: float | None = None) -> Tensor:
+              count: float | Tensor | None = None) -> Tensor:
     """PPO's clipped objective with one advantage per answer, and KL in the loss.   Shao et al. 2024, equations 3 and 4
 
     Args:
@@ -304,7 +306,7 @@ def grpo_loss(new: Tensor, old: Tensor, reference: Tensor | None, advantages: Te
     if kl:
         objective = objective - kl * kl_estimates(new * mask, reference * mask)[2]
     lengths = mask.sum(1).clamp(min=1) if length == "sequence" else max_length
-    return -((objective * mask).sum(1) / lengths).sum() / (count or max(1, len(mask)))
+    return -((objective * mask).sum(1) / lengths).sum() / (max(1, len(mask)) if count is None else count)
 
 
 def best_of_n(scores: Tensor, keep: int = 1) -> Tensor:

@@ -9,7 +9,8 @@ Formula   RNN   h' = tanh(W x + U h + b)
 Shapes    x (B, S, inputs), state (B, D) or two of them -> outputs (B, S, D), the last state
 Omits     stacked layers, dropout, the LSTM's peephole connections.
 Run       python rnn.py                  the four shapes, and gradients that vanish: a few seconds
-          python rnn.py --plot rnn.png   both end with "... each above the one before: True"
+          python rnn.py --plot rnn.png   the gradients by distance as a picture
+          Ends with "left after 40 steps: ... each above the one before: True ..."
 Test      pytest tests/test_rnn.py
 """
 
@@ -257,7 +258,7 @@ def main(d_model: int, distance: int, batch: int, seed: int, plot: str | None) -
         _draw(figure, plot, norms)
     rnn, lstm, remembering = (norms[name][-1] / norms[name][0] for name in ("rnn", "lstm", "lstm, forget bias 3"))
     print(f"\nleft after {distance} steps: rnn {rnn:.0e}, lstm {lstm:.0e}, lstm with open gates {remembering:.0e}, "
-          f"each above the one before: {bool(rnn < lstm < remembering)}")
+          f"each above the one before: {bool(rnn < lstm < remembering)} (expected True, from ten steps on)")
 
 
 if __name__ == "__main__":

@@ -255,7 +255,8 @@ def beam_translation(model: Translator, source: Tensor, beams: int, max_words: i
 # --- 3. training and demo ---------------------------------------------------------------------
 
 def train(model: Translator, batches: Iterable[Batch], steps: int, sampling: float = 0.0, seed: int = 0) -> list[float]:
-    """Adam, the learning rate falling to zero; the probability of scheduled sampling rises from 0 to ``sampling``.
+    """Adam, the learning rate warmed up over 50 steps, then falling to zero; the probability of scheduled sampling
+    rises from 0 to ``sampling``.
 
     batches: endless, as of pairs.endless_batches. Returns the loss of every step, in nats per word.
     """

@@ -174,7 +174,7 @@ def main() -> None:
         shows("a run that another process is writing", f"refused: out is being written by process {other.pid}",
               overwrite=True)
         other.communicate()
-    print(f"{right} of {total} cases as expected")
+    print(f"{right} of {total} cases as expected (expected all)")
 
 
 if __name__ == "__main__":

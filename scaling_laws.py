@@ -13,11 +13,13 @@ Shapes    runs (n, 3) float64: columns N, D, loss in nats per token
 Omits     downstream scores; the law for repeated data (Muennighoff et al. 2023); the FLOPs of attention in C.
 Run       python scaling_laws.py                        the three methods on points from the published law
           python scaling_laws.py --fit runs.csv         on a CSV with the columns N, D, loss
+          Ends with "N_opt ~ C^a by the methods: ..."
 Test      pytest tests/test_scaling_laws.py
 """
 
 import argparse
 import csv
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,7 +166,7 @@ def read_runs(path: str | Path) -> np.ndarray:
             line is named), too few runs.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with io.StringIO(Path(path).read_bytes().decode().removeprefix("\ufeff"), newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             columns = [name.strip() for name in reader.fieldnames or []]
             reader.fieldnames = columns
@@ -184,8 +186,10 @@ def read_runs(path: str | Path) -> np.ndarray:
                                      "correct or remove the line")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not CSV in UTF-8 ({error}): save it as such") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, byte {error.start}: is not UTF-8: convert the file first") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV ({error}): save it as such") from None
     try:
         return check_runs(np.array(rows).reshape(-1, 3))
     except ValueError as error:

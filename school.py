@@ -14,6 +14,7 @@ Shapes    prompt = [an example or an earlier answer | blanks][question | blanks]
 Omits     other tasks than chains: puzzles.py makes them; their questions and steps need a larger model.
 Run       python school.py              ten texts that the base model reads, ten that people judge
           python school.py --level 3    shorter ones
+          Ends with "prompts of ... tokens: True; answers of at most ...: True ..."
 Test      pytest tests/test_school.py
 """
 
@@ -194,7 +195,7 @@ def main(level: int, seed: int) -> None:
     for x, y, opinion in zip(asked, said, opinions.tolist()):
         print(f"  {opinion:4.1f}  " + school.puzzles.text_of(x) + school.puzzles.text_of(y))
     print(f"prompts of {len(prompts[0])} tokens: {len(set(map(len, prompts + asked))) == 1}; answers of at most "
-          f"{school.longest}: {max(map(len, responses)) <= school.longest}")
+          f"{school.longest}: {max(map(len, responses)) <= school.longest} (expected True, True)")
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def main(held_out: float, kills: int) -> None:
         refused = sum(reason.startswith(f"{path}: ") for reason in reasons)
         right = back and stays and whole == kills and refused == len(reasons)
         print(f"whole after a kill: {whole} of {kills}; damaged and refused by name: {refused} of {len(reasons)}: "
-              + ("OK" if right else "WRONG"))
+              + ("OK" if right else "WRONG, expected all, and True above"))
 
 
 if __name__ == "__main__":

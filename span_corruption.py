@@ -176,7 +176,7 @@ def main(steps: int, words: int, seed: int) -> None:
         optimizer.step()
         if step % 100 == 1:
             seconds = time.perf_counter() - began
-            print(f"step {step:5}/{steps}   loss of gaps {loss.item():.3f}   {seconds:3.0f} s", flush=True)
+            print(f"step {step:>6}/{steps}  loss of gaps {loss.item():.3f}  {seconds:4.0f} s", flush=True)
 
     model.eval()
     inputs, targets = gaps(held_out, 200)

@@ -103,7 +103,7 @@ def checked(model: nn.Module, prompts: Prompts, max_new_tokens: int) -> tuple[li
         if not row:
             raise ValueError(f"prompt {i} is empty: start it with the end-of-text token")
         if len(row) > context:
-            raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {context}")
+            raise ValueError(f"prompt {i} has {len(row)} tokens, the model's context is {context}: shorten it")
         if min(row) < 0 or max(row) >= V:
             raise ValueError(f"prompt {i} has ids {min(row)} .. {max(row)}, the vocabulary is 0 .. {V - 1}")
     return rows, [min(max_new_tokens, context - len(row)) for row in rows]

@@ -7,6 +7,7 @@ Formula   Amdahl      speedup(p) = 1 / (s + (1 - s) / p)  ->  1 / s: 500 x on 10
 Shapes    no tensors: p processors, s in [0, 1], seconds
 Omits     costs that grow with p, such as communication: planner.py counts those.
 Run       python speedup.py      tables for 1 ... 256 processors, and the serial share measured here: a few seconds
+          Ends with "serial share fitted to times of s = 0.05: ..."
 Test      pytest tests/test_speedup.py
 """
 

@@ -270,8 +270,8 @@ def _ranking_loss(scores: Tensor, rankings: Sequence, count: int) -> tuple[Tenso
 
 
 def run_reward(config, team, pairs: tuple[list, list], init: str) -> dict[str, float]:
-    """A reward model from ranked answers, of which pairs are the shortest; centred so that all answers together score 0
-    on average. Returns its accuracy and calibration on all pairs of the held-out rankings."""
+    """A reward model from ranked answers, of which pairs are the shortest; centred so that the answers of its first
+    256 rankings score 0 on average. Returns its accuracy and calibration on all pairs of the held-out rankings."""
     import preference
     import rlhf
     model, encoding = read_policy(team, init)

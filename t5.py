@@ -11,8 +11,8 @@ Formula   softmax(Q K^T + b[bucket(s - t)] + mask) V        one b (buckets, H) p
 Shapes    source (B, S), inputs (B, T) -> memory (B, S, D) -> logits (B, T, V); right-padded with id ``pad``
 Omits     pre-training's objective, which is in span_corruption.py; SentencePiece (any encoder of text will do: see
           tokenizer.py); Adafactor; dropout inside the attention and the feed-forward.
-Run       python t5.py     published sizes; then a tiny T5 learns the four tasks of figure 1 by heart: 20 s;
-          ends with "... of 4 answers right (expected all)"
+Run       python t5.py     published sizes; then a tiny T5 learns the four tasks of figure 1 by heart: 20 s
+          Ends with "... of 4 answers right (expected all)"
 Test      pytest tests/test_t5.py
 """
 
@@ -526,8 +526,8 @@ def main(steps: int, version: str, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step in (1, steps) or step % 50 == 0:
-            expected = f"   (expected ln V + 1/2 = {math.log(258) + 0.5:.2f})" if step == 1 else ""
-            print(f"step {step:5}/{steps}   loss {loss.item():.3f}{expected}")
+            expected = f"  (expected ln V + 1/2 = {math.log(258) + 0.5:.2f})" if step == 1 else ""
+            print(f"step {step:>6}/{steps}  loss {loss.item():.3f}{expected}")
 
     answers = greedy_decode(model, source, 0, 1, 80)
     answers = [bytes(max(i - 2, 0) for i in row).decode(errors="replace") for row in answers]

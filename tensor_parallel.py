@@ -11,8 +11,8 @@ Shapes    column: x (..., n_in) -> (..., n_out/P);  row: x (..., n_in/P) -> (...
           logits (B, T, Vp), Vp = ceil(V/P): no rank ever holds (B, T, V)
 Omits     overlap of the forward sums with computation; weights that are drawn in slices (the model is built whole, so
           that its weights are those of one process, then cut); caches under sequence parallelism; encoder-decoders.
-Run       python tensor_parallel.py                                    2 processes on the CPU, 10 s
-          torchrun --nproc_per_node=2 tensor_parallel.py --sequence    with the norms' work divided too
+Run       python tensor_parallel.py                                                 2 processes on the CPU, 10 s
+          torchrun --standalone --nproc_per_node=2 tensor_parallel.py --sequence    with the norms' work divided too
           Ends with "max |TP - one process| = ..."
 Test      pytest tests/test_tensor_parallel.py
 """
@@ -529,7 +529,8 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("--ranks", type=int, default=2,
                         help="processes to start, if not under torchrun: 1, 2 or 4 (default %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default %(default)s)")

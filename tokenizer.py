@@ -464,10 +464,8 @@ def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | 
         from pydoc_data.topics import topics  # 465 KB of English that every Python has
         corpus = "\n\n".join(topics.values())
     else:
-        try:
-            corpus = _read(Path(data)).decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{data}, byte {error.start}: is not UTF-8: convert the file first") from None
+        from data import read_documents
+        corpus = "\n\n".join(read_documents(data))
     held_out, corpus = corpus[:len(corpus) // 10], corpus[len(corpus) // 10:]
     encoding = train([corpus], vocab_size, split)
     ranks = list(encoding._mergeable_ranks.items())
@@ -491,14 +489,15 @@ def main(data: str | None, vocab_size: int, pattern: str, text: str, out: str | 
     equal = list(naive.items()) == list(fast.items())
     noise = held_out.encode() + random.Random(0).randbytes(10_000)
     exact = decode_bytes(encoding, encode_bytes(encoding, noise)) == noise
-    print(f"naive = fast: {equal} ({len(naive) - 256} merges), round trip: {exact} ({len(noise)} bytes)")
+    print(f"naive = fast: {equal} ({len(naive) - 256} merges), round trip: {exact} ({len(noise)} bytes) "
+          "(expected True, True)")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--data", help="UTF-8 text file to learn from (default: the topics of Python's help)")
+    parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn, <|endoftext|> included "
                         "(default %(default)s)")
     parser.add_argument("--pattern", choices=("gpt2", "cl100k"), default="gpt2",
@@ -512,3 +511,5 @@ if __name__ == "__main__":
         parser.exit(130)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}: copy that file beside this one")

@@ -16,6 +16,7 @@ Run       python train.py                                           one process
           torchrun --standalone --nproc_per_node=8 train.py --preset gpt2_124m --data 'text/*.jsonl.gz' --out out/124m
           python train.py --stage dpo --init out/sft --out out/again    one stage of alignment alone
           python train.py --help                                    every setting and its default
+          Ends with "trained on ... tokens: held-out loss ...; saved in ...", and the command that asks it
 Test      pytest tests/test_train.py
 """
 
@@ -50,7 +51,7 @@ import run_folder
 import tokenizer
 from config import ConfigError, TrainConfig, derive, parse, refuse_meaningless
 from corpus import Corpus, prepare
-from processes import ProcessError, World, join, measure_peak, memory, multiplies_bf16, noting_signals
+from processes import ProcessError, World, is_lost, join, measure_peak, memory, multiplies_bf16, noting_signals
 
 
 # --- 1. the step ----------------------------------------------------------------------------
@@ -227,12 +228,13 @@ def run(settings: TrainConfig, given: set[str]) -> None:
         raise ConfigError(f"the held-out text is one window of {corpus.validation.context} tokens, which --cp or "
                           "--sequence cannot cut: give more text or a larger --held_out") from None
     N, active, flops = models.parameters_and_flops(c.model, sizes)
-    needed = layout.bytes_needed(N, grid_of(c))
+    needed = layout.bytes_needed(N, grid_of(c), layout.expert_parameters(sizes))
     here = memory(world.device) / (world.local_size if world.device.type == "cpu" else 1)  # processes share a machine's
     if needed > here:
         raise ConfigError(f"{needed / 2**30:,.0f} GiB for weights, gradients and AdamW's moments do not fit the "
-                          f"{here / 2**30:,.0f} GiB of a process: take more processes with --zero=1, 2 or 3 "
-                          f"or --tp, fewer --n_layers or a smaller --d_model")
+                          f"{here / 2**30:,.0f} GiB of a process: take more processes with --zero=1, 2 or 3"
+                          f"{', --tp or --ep' if c.model == 'moe' else ' or --tp'}, fewer --n_layers or a smaller "
+                          f"--d_model")
     # ZeRO-3 alone: every process draws the whole model, one parameter at a time, and keeps its part of each.
     in_parts = c.zero == 3 and c.tp == c.cp == 1 and c.model != "moe"  # experts draw twice
     generator = torch.Generator().manual_seed(c.seed)
@@ -262,9 +264,12 @@ def run(settings: TrainConfig, given: set[str]) -> None:
     if c.stage == "all":
         del trainer, progress, corpus
         world.say("--- from the base model to one that answers ---")
-        alignment.run_stages(alignment.AlignConfig(
-            init=c.out, out=str(run_folder.home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout, tp=c.tp,
-            zero=c.zero, resume=resumed is not None, overwrite=resumed is None and settings.overwrite), world)
+        try:
+            alignment.run_stages(alignment.AlignConfig(
+                init=c.out, out=str(run_folder.home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout,
+                tp=c.tp, zero=c.zero, resume=resumed is not None, overwrite=resumed is None and settings.overwrite), world)
+        except ValueError as error:  # its word for what the user has to mend
+            raise ConfigError(str(error).splitlines()[0]) from error
 
 
 def _train(trainer: Trainer, settings: TrainConfig, corpus: Corpus, progress: "Progress", first: int,
@@ -430,7 +435,7 @@ def main(arguments: list[str]) -> int:
 
     stage, rest = _stage_alone(arguments)
     if stage:
-        return alignment.main([*rest, f"--stages={stage}"])
+        return alignment.main([*rest, f"--stages={stage}"], "train.py")
     try:
         settings, given = parse(arguments, __doc__)
         if not settings.resume:
@@ -439,15 +444,14 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, ProcessError, checkpoint.CheckpointError) as error:
         return one_line(str(error), 2) if rank == 0 else 2
     except torch.OutOfMemoryError as error:
-        return one_line(f"rank {rank}: {str(error).splitlines()[0][:150]}: take a smaller --micro_batch", 2)
+        return one_line(f"rank {rank}: {str(error).splitlines()[0][:150]}: take a smaller --micro_batch "
+                        "(in alignment, a smaller batch of that stage: alignment.py --help)", 2)
     except OSError as error:
         return one_line(f"{error}; what was saved before is as it was: --resume goes on from there", 2)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in (
-            "Connection closed", "Connection reset", "Connection refused", "imed out", "Broken pipe"))
-        if not lost:
+        if not is_lost(error):
             raise
         return one_line(f"rank {rank} lost another process ({str(error).splitlines()[0][:120]}): start again with "
                         f"--resume", 1)

@@ -11,8 +11,8 @@ Formula   Attention(Q, K, V) = softmax(Q K^T / sqrt(Dh) + mask) V               
           encoder layer: self-attention, FFN;   decoder layer: causal self-attention, attention to the encoder, FFN
 Shapes    source (B, S), targets (B, T) -> memory (B, S, D) -> logits (B, T, V); right-padded with id ``pad``
 Omits     beam search (decode.py has one); T5's way with the same parts (t5.py has it).
-Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: two minutes;
-          ends with "better than both in both: ..."
+Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: two minutes
+          Ends with "better than both in both: ..."
           python transformer.py --data fra.tsv    sentence pairs of your own, Tatoeba's say
 Test      pytest tests/test_transformer.py
 """
@@ -385,8 +385,8 @@ def train(model: Transformer, batches: Iterable[tuple[Tensor, ...]], steps: int,
             n_averaged += 1
             torch._foreach_lerp_(mean, [p.detach() for p in parameters], 1 / n_averaged)
         if step % 100 == 0:
-            print(f"step {step:5}/{steps}   loss {sum(losses[-100:]) / 100:.3f}   "
-                  f"{time.perf_counter() - began:3.0f} s", flush=True)
+            print(f"step {step:>6}/{steps}  loss {sum(losses[-100:]) / 100:.3f}  "
+                  f"{time.perf_counter() - began:4.0f} s", flush=True)
     with torch.no_grad():
         for p, m in zip(parameters, mean):
             p.copy_(m)
@@ -468,7 +468,7 @@ if __name__ == "__main__":
     parser.add_argument("--warmup_steps", type=int, default=200,
                         help="of the learning rate (default %(default)s; paper 4000)")
     parser.add_argument("--label_smoothing", dest="smoothing", type=float, default=0.1,
-                        help="(default %(default)s)")
+                        help="share of a target that goes to all words (default %(default)s)")
     parser.add_argument("--translate", dest="text", help="a sentence to translate after training")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the corpus, initial weights and batches (default %(default)s)")

@@ -345,7 +345,7 @@ def main(data: str | None, vocab_size: int, alpha: float, text: str, seed: int, 
 
     hostile = ["日本語 😀\ud800", "\u2581 <unk><|endoftext|><0x41>", " \n\t  \0", *held_out[:20]]
     same = [unigram.decode(ids) == t for t in hostile for ids in (unigram.encode(t), unigram.sample(t, alpha, rng))]
-    print(f"round trip: {all(same)} ({len(same)} texts, half of them by drawn cuts)")
+    print(f"round trip: {all(same)} (expected True; {len(same)} texts, half of them by drawn cuts)")
 
 
 if __name__ == "__main__":

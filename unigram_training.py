@@ -11,12 +11,12 @@ Formula   p(w) = sum over cuts (s_1 ... s_m) of w of  prod_i p(s_i),   L = sum o
           M     p(s) = c(s) / sum of c;   L never falls from one E to the next
           prune: loss(s) = c(s) * (log p(s) - max over cuts (s_1 ... s_m), m > 1, of s of
                                    sum_i log((c(s_i) + c(s)) / sum of c)): its parts take over its uses
-Shapes    words and counts -> vocab_size pieces and their log probabilities; a lattice of all words is three
+Shapes    words and counts -> n_pieces pieces and their log probabilities; a lattice of all words is three
           arrays (edges,): start, end, piece
 Omits     SentencePiece's digamma in place of M (a prior for few pieces, not in the paper), its rule that a
           piece keeps to one script; more than one process.
-Run       python unigram_training.py            CPU, 15 s; ends with "EM never fell: True"
-          python unigram_training.py --data 'my/*.txt' --vocab_size 8000
+Run       python unigram_training.py            CPU, 15 s; ends with "EM never fell: True ..."
+          python unigram_training.py --data 'my/*.txt' --pieces 8000
 Test      pytest tests/test_unigram_training.py
 """
 
@@ -204,10 +204,10 @@ def count_pretokens(texts: Iterable[str], pattern: str = WORDS) -> Counter[str]:
     return counts
 
 
-def train_unigram(texts: Iterable[str], vocab_size: int, pattern: str = WORDS, coverage: float = 0.9995,
+def train_unigram(texts: Iterable[str], n_pieces: int, pattern: str = WORDS, coverage: float = 0.9995,
                   longest: int = 16, seed_size: int | None = None, shrink: float = 0.85, em_steps: int = 2,
                   history: list[tuple[int, float]] | None = None) -> list[tuple[str, float]]:
-    """``vocab_size`` pieces and their log probabilities, most probable first; fewer if the texts have no more. The
+    """``n_pieces`` pieces and their log probabilities, most probable first; fewer if the texts have no more. The
     logarithms are multiples of 2^-12: sums of them are exact, so that cuts which are equally probable, such as a
     run of blanks has, are so in every order of addition and in every program.
 
@@ -216,25 +216,25 @@ def train_unigram(texts: Iterable[str], vocab_size: int, pattern: str = WORDS, c
         pattern: cuts texts in words; no piece crosses from one to the next.
         coverage: share of all characters that must have a piece of their own, the frequent ones first.
         longest: characters of a piece, at most.
-        seed_size: pieces to begin with; None: 6 * vocab_size.
+        seed_size: pieces to begin with; None: 6 * n_pieces.
         shrink: share of the pieces that a round keeps (the paper's eta).
         em_steps: E and M steps before each pruning and after the last.
         history: gets (number of pieces, L) of each E step.
 
     Raises ValueError for these arguments, for texts without any character, and if the characters alone are more
-    than vocab_size.
+    than n_pieces.
     """
-    if not (0 < coverage <= 1 and longest >= 1 and 0 < shrink < 1 and em_steps >= 1 and vocab_size >= 1):
-        raise ValueError("coverage must be in (0, 1], shrink in (0, 1), longest, em_steps and vocab_size at least 1, "
-                         f"got {coverage}, {shrink}, {longest}, {em_steps} and {vocab_size}")
+    if not (0 < coverage <= 1 and longest >= 1 and 0 < shrink < 1 and em_steps >= 1 and n_pieces >= 1):
+        raise ValueError("coverage must be in (0, 1], shrink in (0, 1), longest, em_steps and n_pieces at least 1, "
+                         f"got {coverage}, {shrink}, {longest}, {em_steps} and {n_pieces}")
     words = _covered(count_pretokens(texts, pattern), coverage)
     if not words:
         raise ValueError("the texts hold no characters: give some")
-    seeds = seed_pieces(words, max(6 * vocab_size if seed_size is None else seed_size, vocab_size), longest)
+    seeds = seed_pieces(words, max(6 * n_pieces if seed_size is None else seed_size, n_pieces), longest)
     n_characters = sum(len(piece) == 1 for piece in seeds)
-    if n_characters > vocab_size:
-        raise ValueError(f"{n_characters} characters cannot all be among {vocab_size} pieces: give a larger vocab_size "
-                         "or a lower coverage")
+    if n_characters > n_pieces:
+        raise ValueError(f"{n_characters} characters cannot all be among {n_pieces} pieces: give more pieces or "
+                         "a lower coverage")
     names, numbers = list(seeds), {piece: i for i, piece in enumerate(seeds)}
     lattice, counts = Lattice(list(words), numbers), np.array(list(words.values()), dtype=float)
     in_pieces, rows = Lattice(names, numbers, own=False), np.arange(len(names))  # rows: of the seeds that are left
@@ -244,7 +244,7 @@ def train_unigram(texts: Iterable[str], vocab_size: int, pattern: str = WORDS, c
             likelihood, expected = lattice.expected_counts(m_step(expected), counts)
             if history is not None:
                 history.append((len(rows), likelihood))
-        if len(rows) <= vocab_size:
+        if len(rows) <= n_pieces:
             break
         uses = np.zeros(len(names))
         uses[rows] = expected
@@ -252,7 +252,7 @@ def train_unigram(texts: Iterable[str], vocab_size: int, pattern: str = WORDS, c
         in_parts = in_pieces.best(taken_over)[rows]
         loss, cut = np.full(len(rows), np.inf), in_parts > -np.inf  # a character has no parts: no loss is greater
         loss[cut] = expected[cut] * (m_step(expected) - in_parts)[cut]
-        kept = np.sort(np.argsort(-loss, kind="stable")[:max(vocab_size, int(shrink * len(rows)))])
+        kept = np.sort(np.argsort(-loss, kind="stable")[:max(n_pieces, int(shrink * len(rows)))])
         new_id = np.full(len(rows), -1)
         new_id[kept] = np.arange(len(kept))
         lattice.keep(new_id)
@@ -290,18 +290,18 @@ def _covered(words: Counter[str], coverage: float) -> dict[str, int]:
 
 # --- 4. demo --------------------------------------------------------------------------------------
 
-def main(data: str | None, vocab_size: int, coverage: float, em_steps: int) -> None:
+def main(data: str | None, pieces: int, coverage: float, em_steps: int) -> None:
     from data import default_documents, read_documents
     documents = default_documents() if data is None else list(read_documents(data))
     history: list[tuple[int, float]] = []
     began = time.perf_counter()
-    pieces = train_unigram(documents, vocab_size, coverage=coverage, em_steps=em_steps, history=history)
+    found = train_unigram(documents, pieces, coverage=coverage, em_steps=em_steps, history=history)
     seconds, n_characters = time.perf_counter() - began, sum(map(len, documents))
-    print(f"{len(pieces):,} pieces learned from {n_characters:,} characters in {seconds:.1f} s; "
+    print(f"{len(found):,} pieces learned from {n_characters:,} characters in {seconds:.1f} s; "
           "-L in nats a character:")
     for size in dict.fromkeys(size for size, _ in history):
         print(f"  {size:8,} pieces   " + " -> ".join(f"{-x / n_characters:.4f}" for n, x in history if n == size))
-    print("most probable:", " ".join(repr(piece) for piece, _ in pieces if len(piece) > 3)[:100], "...")
+    print("most probable:", " ".join(repr(piece) for piece, _ in found if len(piece) > 3)[:100], "...")
 
     few = dict(count_pretokens(documents[:1]).most_common(200))
     seeds = seed_pieces(few, 500, 8)
@@ -314,8 +314,9 @@ def main(data: str | None, vocab_size: int, coverage: float, em_steps: int) -> N
           f"{np.abs(fast - list(naive.values())).max():.1e} (expected below 1e-9)")
     # Within a number of pieces: dropping pieces costs likelihood.
     fell = any(b < a - 1e-9 * abs(a) for (n, a), (m, b) in pairwise(history) if n == m)
-    total = sum(np.exp(score) for _, score in pieces)
-    print(f"probabilities add up to {total:.4f} (expected 1 within 0.0002); EM never fell: {not fell}")
+    total = sum(np.exp(score) for _, score in found)
+    print(f"probabilities add up to {total:.4f} (expected 1 within 0.0002); EM never fell: {not fell} "
+          "(expected True)")
 
 
 if __name__ == "__main__":
@@ -323,7 +324,7 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="pieces (default %(default)s)")
+    parser.add_argument("--pieces", type=int, default=4096, help="how many to learn (default %(default)s)")
     parser.add_argument("--coverage", type=float, default=0.9995, help="share of characters (default %(default)s)")
     parser.add_argument("--em_steps", type=int, default=2, help="before each pruning (default %(default)s)")
     try:

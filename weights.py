@@ -11,8 +11,8 @@ Formula   Meta turns (x_2j, x_2j+1), Hugging Face (x_j, x_j+Dh/2):
 Shapes    W (out, in);   in Meta's files (out/P, in), W_o and W_down (out, in/P), gains (D,) whole in each
 Omits     quantised weights, pickled pytorch_model.bin, writing Meta's files. To convert Meta's to Hugging Face's:
           Llama.from_pretrained("meta").save_pretrained("hugging_face")
-Run       python weights.py    a small Llama is stored in both ways and read again: 3 s;
-          ends with "read again bit for bit: ..."
+Run       python weights.py    a small Llama is stored in both ways and read again: 3 s
+          Ends with "read again bit for bit: ..."
 Test      pytest tests/test_weights.py
 """
 
@@ -128,7 +128,7 @@ def read_config(directory: Path) -> tuple[str, dict]:
         if rope_type == "llama3":
             sizes |= {ours: rope[key] for key, ours in SCALING.items()}
     except KeyError as error:
-        raise ValueError(f"{directory}: config.json lacks {error}") from None
+        raise ValueError(f"{directory}: config.json lacks {error}: copy it again") from None
     return kind, sizes | {"rope_base": rope.get("rope_theta", theirs["rope_theta"]), "qk_norm": kind in WITH_QK_NORM,
                           "window": None if kind in WITHOUT_WINDOW else theirs["sliding_window"]}
 

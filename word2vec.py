@@ -15,7 +15,7 @@ Omits     phrases, subwords; asynchronous updates: M tiles are one step, so one 
           what vectors are good for, and their files: vectors.py.
 Run       python word2vec.py                     functions of the standard library, from calls in its sources
           python word2vec.py --data words        words of Python's documentation; --data 'my/*.txt': of yours
-          python word2vec.py --plot calls.png    10 s each; ends with "held-out loss ... lower: True"
+          python word2vec.py --plot calls.png    10 s each; ends with "held-out loss ... lower: True ..."
 Test      pytest tests/test_word2vec.py
 """
 
@@ -443,7 +443,7 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
         paragraphs = (part for document in documents for part in re.split(r"\n\s*\n", document))
         sequences = [re.findall(r"[^\W\d]\w*", paragraph.lower()) for paragraph in paragraphs]
     if len(sequences) < 2:
-        raise ValueError(f"{data}: nothing is held out of {len(sequences)} paragraph: give at least two")
+        raise ValueError(f"{data}: too few paragraphs to hold one out, {len(sequences)}: give at least two")
     held_out, training = sequences[::10], [s for i, s in enumerate(sequences) if i % 10]
     vocabulary = Vocabulary(training, config.min_count)
     V, n_items = len(vocabulary), sum(map(len, training))
@@ -488,14 +488,14 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
     if plot is not None:
         shown.plot(plot, labels)
         print(f"drawn: {plot}")
-    print(f"held-out loss {before:.4f} -> {after:.4f}, lower: {after < before}")
+    print(f"held-out loss {before:.4f} -> {after:.4f}, lower: {after < before} (expected True)")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--data", default="calls", help="calls: in the standard library (default);\n"
+    parser.add_argument("--data", default="calls", help="calls: in the standard library (default); "
                         "words: of Python's documentation; or files, such as 'my/*.txt' or a.jsonl")
     parser.add_argument("--architecture", default="skipgram", choices=("skipgram", "cbow"),
                         help="a word predicts its neighbours, or they predict it (default %(default)s)")

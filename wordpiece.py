@@ -279,12 +279,12 @@ class WordPiece:
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, byte {error.start}: is not UTF-8: is it a whole vocab.txt of BERT?") from None
+            raise ValueError(f"{path}, byte {error.start}: is not UTF-8: convert the file first") from None
         try:
             # splitlines would also cut at U+2028, which can be a token
             return cls(text.removesuffix("\n").split("\n"), lower)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}: is it a whole vocab.txt of BERT?") from None
+            raise ValueError(f"{path}: {error}: copy a whole vocab.txt of BERT's") from None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``vocab.txt``: beside first, then renamed. ValueError if it cannot be written there."""

@@ -53,6 +53,11 @@ class Shard:
 
 # --- 2. ZeRO -------------------------------------------------------------------------------------------
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """For sums of squares: float64, or what a Mac's GPU has instead."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class ZeRO:
     """Trains one model on P ranks: ``backward()``, ``finish()``, ``clip_grad_norm(1.0)``, ``step()``, ``zero_grad()``.
 
@@ -80,7 +85,7 @@ class ZeRO:
             go on.                                                            Ren et al. 2021 (2101.06840), section 5.2
         bucket_mb: size of the pieces that travel in stages 0, 1 and 2, in 2^20 bytes.
         initialise: draws a meta model's values, one parameter at a time in the order of ``model.named_parameters()``,
-            such as ``lambda model: model.initialise(generator)``, with a CPU generator of equal seed on each rank: those
+            such as ``lambda model: model.initialise(generator)``, with a CPU generator of one seed on all ranks: those
             of one process, and never more than one whole parameter in memory. None: zeros, until ``shards()`` are
             written.
         device: where a meta model goes.
@@ -314,16 +319,17 @@ class ZeRO:
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
-        """|g|^2 in float64 over the whole model: every rank's shards, slices of tensor parallelism summed over their
-        ranks, what all of those have counted once. A scalar, the same on every rank; all of them call it."""
+        """|g|^2 over the whole model in ``exact_dtype``: every rank's shards, slices of tensor parallelism summed over
+        their ranks, what all of those have counted once. A scalar, the same on every rank; all of them call it."""
         device = self._trained[0].device
-        squares = torch.zeros(2, dtype=torch.float64, device=device)  # of what is whole, of slices
+        exact = exact_dtype(device)
+        squares = torch.zeros(2, dtype=exact, device=device)  # of what is whole, of slices
         for flat in self._trained:
             for p in flat.parameters:
                 grad, cut = self._gradient(p), getattr(p, "cut", None)
                 if grad is not None and grad.numel():
                     norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-                    squares[int(cut is not None)] += (norm.double().square() / (cut.copies if cut else 1)).to(device)
+                    squares[int(cut is not None)] += (norm.to(exact).square() / (cut.copies if cut else 1)).to(device)
         if self.P > 1 and self.stage > 0:
             dist.all_reduce(squares, group=self.group)
         if self._cut is not None and dist.get_world_size(self._cut.group) > 1:

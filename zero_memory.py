@@ -261,7 +261,8 @@ def main(program: str) -> None:
     parser = argparse.ArgumentParser(prog=program, usage=argparse.SUPPRESS,
                                      description=sys.modules["__main__"].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
+                                               if os.environ.get("RANK", "0") == "0" else None)
     parser.add_argument("--ranks", type=int, default=2,
                         help="processes to start, if not under torchrun: 1 to 8 (default %(default)s)")
     parser.add_argument("--steps", type=int, default=10,

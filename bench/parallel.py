@@ -244,20 +244,20 @@ def bench_bubble(rank, P):
     say(f"bubble   {P} ranks, a forward sleeps 20 ms, a backward 40 ms; measured (formula)")
     for M in (2, 4, 8, 16, 32):
         line = [f"  M = {M:2}"]
-        for name, V in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
-            if V > 1 and M % P:
+        for name, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
+            if v > 1 and M % P:
                 line.append(f"{name} -             ")
                 continue
-            model = GPT(GPTConfig(vocab_size=16, context=4, n_layers=P * V, n_heads=1, d_model=4))
-            model.blocks = nn.ModuleList(SleepingBlock() for _ in range(P * V))
-            pipe = pipeline.Pipeline(model, schedule(name, P, M, V), costs=[1.0] * P * V)
+            model = GPT(GPTConfig(vocab_size=16, context=4, n_layers=P * v, n_heads=1, d_model=4))
+            model.blocks = nn.ModuleList(SleepingBlock() for _ in range(P * v))
+            pipe = pipeline.Pipeline(model, schedule(name, P, M, v), costs=[1.0] * P * v)
             tokens = torch.zeros(M, 5, dtype=torch.long)
             dist.barrier()
             pipe.step(tokens[:, :-1], tokens[:, 1:], loss_of)
             gathered = [None] * P
             dist.all_gather_object(gathered, pipe.times)
             times = [Timed(r, *t) for r, part in enumerate(gathered) for t in part]
-            line.append(f"{name} {bubble(times):.3f} ({bubble_formula(name, P, M, V):.3f})")
+            line.append(f"{name} {bubble(times):.3f} ({bubble_formula(name, P, M, v):.3f})")
         say("   ".join(line))
 
 

@@ -1,12 +1,15 @@
 """All stages of alignment at their smallest: on two processes as on one, resumed, entered alone, refused."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import json
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -21,8 +24,9 @@ import processes
 import rlhf
 import stages
 import tokenizer
+import train
 from alignment import AlignConfig, AlignmentError, format_table, run_stages
-from conftest import run_ranks
+from conftest import run_ranks, spawn_ranks
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
 from team import Team
@@ -324,10 +328,70 @@ def test_programs_chat_with_what_was_trained_and_refuse_in_one_line(done, monkey
     shown = capsys.readouterr().out
     assert shown.count("Model: ") == 2 and "<|" not in shown
     monkeypatch.setattr("sys.stdin", type("Input", (), {"readline": staticmethod(lambda: "word " * 90 + "\n")}))
-    with pytest.raises(ValueError, match="a line of .* tokens does not fit"):
+    with pytest.raises(ValueError, match="a line of .* tokens does not fit: .* answer: shorten it, or take fewer --max_new_tokens"):
         decode.converse(str(out / "ppo"), None, True, 5, "cpu", 0, temperature=0.0)
     for flags, message in ((["--init", "nowhere"], "nowhere: no such directory"), (["--sft_lr", "x"], "invalid float value"),
-                           (["--nonsense", "1"], "unrecognized arguments")):
+                           (["--zzz", "1"], "unknown flag --zzz: see --help"),
+                           (["--sft_epoch=1"], "unknown flag --sft_epoch: did you mean --sft_epochs?"),
+                           (["--pairs", "1.5"], "argument --pairs: '1.5' is not a whole number"),
+                           (["--timeout", "1e15"], "--timeout must be in 1 .. 9999999, got 1000000000000000"),
+                           (["--seed=2**32"], "--seed must be in 0 .. 2^32 - 1, got 4294967296")):
         assert alignment.main(["--out", str(out / "new"), *flags]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and error.startswith("alignment.py: ")
+        # by the stage alone, under the name that was typed
+        assert train.main(["--stage=dpo", "--out", str(out / "new"), *flags]) == 2
+        assert capsys.readouterr().err == error.replace("alignment.py", "train.py", 1)
+
+
+def test_whole_numbers_may_be_written_short_and_the_longest_time_out_can_be_waited_for():
+    config = alignment._parse(["--pairs=1e3", "--sft_batch=2**5", f"--timeout={10**7 - 1}"])
+    assert (config.pairs, config.sft_batch) == (1000, 32)
+    assert timedelta(seconds=config.timeout) and processes.join("cpu", config.timeout).size == 1
+
+
+def test_memory_that_is_used_up_is_said_in_one_line(monkeypatch, capsys):
+    def too_large(config, world):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.\nMore of this.")
+
+    monkeypatch.setattr(alignment, "run_stages", too_large)
+    for main, flags, name in ((alignment.main, [], "alignment.py"), (train.main, ["--stage=sft"], "train.py")):
+        assert main(["--device=cpu", *flags]) == 2
+        assert capsys.readouterr().err == (f"{name}: rank 0: CUDA out of memory. Tried to allocate 8 GiB.: take a smaller "
+                                           "batch of that stage, such as --sft_batch\n")
+
+
+def test_an_error_of_ours_still_shows_its_traceback(monkeypatch):
+    def bug(config, world):
+        raise RuntimeError("a bug, not the user's")
+
+    monkeypatch.setattr(alignment, "run_stages", bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        alignment.main(["--device=cpu"])
+
+
+def dies_in_a_step(rank, arguments):
+    """What train.main returns and prints; rank 1 is killed in the second step of its first stage."""
+    step, steps = Team.sum, []
+
+    def dying(self, values):
+        steps.append(values)
+        if rank == 1 and len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, values)
+
+    Team.sum = dying
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        return train.main(arguments), errors.getvalue()
+
+
+def test_a_rank_that_dies_ends_the_other_with_one_line(base, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Get item {i}.", "response": "Set text."}) + "\n" for i in range(20)))
+    arguments = ["--stage=sft", f"--init={base / 'gpt'}", f"--out={tmp_path}", f"--instructions={path}", "--device=cpu",
+                 "--held_out=0.3", "--timeout=6"]
+    found = spawn_ranks(2, dies_in_a_step, arguments, init=False, timeout=40, return_exceptions=True)
+    status, errors = found[0]
+    assert status == 1 and errors.count("\n") == 1 and isinstance(found[1], ProcessLookupError)
+    assert errors.startswith("train.py: rank 0 lost another process (") and errors.endswith("): start again with --resume\n")

@@ -42,7 +42,7 @@ def test_tile_size_is_the_largest_that_fits(M, Dh):
 
 
 def test_tile_size_refuses_what_holds_no_tile():
-    with pytest.raises(ValueError, match="1000 bytes hold no tile"):
+    with pytest.raises(ValueError, match="1000 bytes hold no tile of 16 rows of width .*: take a narrower head"):
         tile_size(1000, 64)
 
 
@@ -77,7 +77,7 @@ def test_demo_judges_one_key_by_the_largest_number():
 @pytest.mark.parametrize("program", ["attention_traffic.py", "flash_attn.py"])
 @pytest.mark.parametrize("arguments, message", [
     (["--n_heads", "0"], "--lengths, --n_heads and --d_head must be at least 1"), (["--d_head", "x"], "invalid int"),
-    (["--d_head", "5000"], "hold no tile of 16 rows of width 5000")])
+    (["--d_head", "5000"], "hold no tile of 16 rows of width 5000: take a narrower head")])
 def test_demo_refuses_in_one_line(program, arguments, message):
     found = run_here([program, "--lengths", 32, 64, *arguments])
     assert found.returncode == 2 and found.stderr.startswith(f"{program}: ")

@@ -415,7 +415,7 @@ def test_demo_ends_on_its_verdict_and_every_flag_changes_something(small, tmp_pa
     runs = [re.sub(r" +\d+ s\b", "", demo(monkeypatch, capsys, *base, *more))  # without the seconds
             for more in ((), (), ("--seed", 1), ("--steps", 3), ("--examples", 6, "--out", tmp_path / "saved"))]
     assert re.search(r"transfer: pre-training is ahead of the baseline and of training from scratch on [01] of 1 tasks", runs[0])
-    assert re.search(r"step     1/2   loss [678]\.\d+ +\(expected ln V \+ ln 2 = 7\.\d+\)\n", runs[0])
+    assert re.search(r"step      1/2  loss [678]\.\d+ +\(expected ln V \+ ln 2 = 7\.\d+\)\n", runs[0])
     assert runs[0] == runs[1] and len(set(runs)) == 4  # the same seed gives the same run
     model = BERTForPretraining.from_pretrained(tmp_path / "saved")
     assert model.config.vocab_size == len((tmp_path / "saved" / "vocab.txt").read_text().splitlines())

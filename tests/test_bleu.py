@@ -93,7 +93,8 @@ def test_every_flag_changes_something(program, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--count", 0], "--count must be at least 1"), (["--seed", -1], "--seed in 0"), (["--data", "missing.tsv"], "No such file"),
+    (["--count", 0], "--count must be at least 1"), (["--data", "x", "--count", 1000], "--count means nothing beside --data$"),
+    (["--seed", -1], "--seed in 0"), (["--data", "missing.tsv"], "No such file"),
     (["--data", "x", "--language", "german"], "give one of them"), (["--language", "dutch"], "invalid choice")])
 def test_program_answers_bad_input_in_one_line(program, capsys, arguments, message):
     with pytest.raises(SystemExit) as exit:

@@ -56,6 +56,8 @@ def test_whole_numbers_may_be_written_short(text, value):
     (["--lr"], "argument --lr: expected one argument"),
     (["--lr=nan"], "--lr must be finite, got nan"),
     (["--beta1=1"], "--beta1 must be below 1, got 1.0"),
+    (["--seed=-1"], "--seed must be in 0 .. 2^32 - 1, got -1"),
+    (["--seed=2**32"], "--seed must be in 0 .. 2^32 - 1, got 4294967296"),
     (["--steps=1e400"], "argument --steps: '1e400' is not a whole number"),
     (["--held_out=0"], "--held_out must be at least 0.001, got 0.0"),
     (["--vocab_size=256"], "--vocab_size must be at least 257, got 256"),
@@ -125,6 +127,9 @@ def test_as_a_program_it_prints_every_setting_and_refuses_in_one_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines if line.startswith("lr ")] == [["lr", "0.0003", "given"]]
     assert len(lines) > len(dataclasses.fields(TrainConfig))
+    for flags in (["--tp=2"], ["--pp=2", "--dp=4"], ["--cp=2"], ["--preset=moe_tiny", "--ep=4"]):  # for as many processes
+        assert main(flags) == 0
+    assert "one step = 2048 tokens = 4 (dp * ep)" in capsys.readouterr().out
     assert main(["--lrr=1"]) == 2
     assert capsys.readouterr().err == "config.py: unknown flag --lrr: did you mean --lr?\n"
 

@@ -419,7 +419,7 @@ def run(monkeypatch, capsys, file, *arguments: str) -> tuple[str, str, int]:
 
 def test_programs_reach_their_verdicts(made, tmp_path, monkeypatch, capsys):
     found = run(monkeypatch, capsys, crawl.__file__, "--out", f"{tmp_path}/crawl", "--files", "2", "--pages", "5", "--seed", "1")
-    assert "read again: 10 pages in 2 files: True" in found[0]
+    assert "read again: 10 pages in 2 files: True (expected True)" in found[0]
     for file in (curate.__file__, data.__file__):
         out = tmp_path / Path(file).stem
         first = run(monkeypatch, capsys, file, f"{tmp_path}/crawl/*.gz", "--out", str(out))
@@ -431,6 +431,9 @@ def test_programs_reach_their_verdicts(made, tmp_path, monkeypatch, capsys):
                                (["a.txt", "--nope"], "unrecognized arguments: --nope")):
         _, error, code = run(monkeypatch, capsys, data.__file__, *arguments)
         assert code == 2 and error.startswith("data.py: ") and error.count("\n") == 1 and message in error
+    for flags in (["--threshold", "0.5"], ["--out", "x"], ["--explain"], ["--bad_words", "x"]):
+        _, error, code = run(monkeypatch, capsys, curate.__file__, *flags)
+        assert code == 2 and error.startswith("curate.py: without a crawl the demo takes no flag") and error.count("\n") == 1
     _, error, code = run(monkeypatch, capsys, crawl.__file__, "--files", "0")
     assert code == 2 and error.startswith("crawl.py: --files and --pages") and error.count("\n") == 1
 

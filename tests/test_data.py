@@ -682,7 +682,7 @@ def test_demo_reaches_its_verdict_and_every_flag_changes_something(tmp_path, cap
         write(tmp_path / f"{i}.txt", f"Text number {i}. ".encode() * (i + 1))
     pattern, out = str(tmp_path / "*.txt"), tmp_path / "tokens.npy"
     first = run_demo(capsys, data=pattern)
-    assert "seen exactly once: True" in first and "<|endoftext|>" in first and "on both sides: 0 (expected 0)" in first
+    assert "seen exactly once: True (expected True; " in first and "<|endoftext|>" in first and "on both sides: 0 (expected 0)" in first
     assert "windows x 32 =" in run_demo(capsys, data=pattern, context=32)
     assert run_demo(capsys, data=pattern, held_out=0.5) != first
     assert run_demo(capsys, data=pattern, seed=1) != first == run_demo(capsys, data=pattern, seed=0)
@@ -690,13 +690,15 @@ def test_demo_reaches_its_verdict_and_every_flag_changes_something(tmp_path, cap
     monkeypatch.setattr(data, "default_documents", lambda: ["a default document"])
     assert "a default document" in run_demo(capsys, context=4)
     monkeypatch.setattr(TokenWindows, "order", lambda self, epoch: np.arange(len(self)) // 2)  # each twice
-    assert "seen exactly once: False" in run_demo(capsys, data=pattern)
+    assert "seen exactly once: False (expected True; " in run_demo(capsys, data=pattern)
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--data", "none/*.txt"], "none/*.txt: no such file"),
     (["--data", "data.py"], "data.py: unknown suffix"),
-    (["--data", "a.txt", "--held_out", "2"], "held_out must be in (0, 1), got 2.0"),
+    (["--data", "a.txt", "--held_out", "2"], "--held_out in (0, 1) and --seed in 0 .. 2^32 - 1, got 128, 2.0 and 0"),
+    (["--data", "a.txt", "--seed", "-1"], "--seed in 0 .. 2^32 - 1, got 128, 0.05 and -1"),
+    (["--data", "none.txt", "--context", "0"], "--context must be at least 1, --held_out in"),
     (["--data", "a.txt", "--context", "100"], "cannot fill one window of context 100 + 1"),
     (["--data", "a.txt", "--out", "none/tokens.npy"], "none/tokens.npy: cannot be written (No such file"),
     (["--data", "a.txt", "--context", "1", "--out", "sub"], "sub: cannot be written (Is a directory)"),

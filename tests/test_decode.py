@@ -203,7 +203,7 @@ def test_no_prompts_give_no_completions():
 
 
 @pytest.mark.parametrize("prompt, message", [([], "prompt 0 is empty"),
-                                             ([1] * 25, "25 tokens, the model's context is 24"),
+                                             ([1] * 25, "25 tokens, the model's context is 24: shorten it"),
                                              ([11], "the vocabulary is 0 .. 10"), ([-1], "the vocabulary is 0 .. 10")])
 def test_bad_prompts_are_refused(prompt, message):
     model = tiny()
@@ -449,11 +449,12 @@ def test_program_completes_prompts_and_every_flag_changes_something(run_director
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(checkpoint="no/such"), "no such directory"), (dict(prompt="x" * 99), "the model's context is 32"),
-    (dict(top_p=0.0), "top_p must be"), (dict(temperature=-1.0), "temperature must be"),
-    (dict(max_new_tokens=0), "max_new_tokens must be"), (dict(chat=True, max_new_tokens=32), "leaves no room"),
+    (dict(checkpoint="no/such"), "no such directory"), (dict(prompt="x" * 99), "the model's context is 32: shorten it"),
+    (dict(top_p=0.0), r"^--top_p must be in \(0, 1\], got 0.0"), (dict(temperature=-1.0), "^--temperature must be 0 or at least"),
+    (dict(max_new_tokens=0), "^--max_new_tokens must be at least 1, got 0"),
+    (dict(chat=True, max_new_tokens=32), "^--max_new_tokens 32 leaves no room in a context of 32: take fewer"),
     (dict(checkpoint=None), "need a --checkpoint"), (dict(chat=True, prompt="-"), "both read stdin"),
-    (dict(checkpoint=None, prompt=None, top_p=2.0), "top_p must be")])
+    (dict(checkpoint=None, prompt=None, top_p=2.0), "^--top_p must be")])
 def test_program_refuses_bad_input(run_directory, changes, message):
     with pytest.raises(ValueError, match=message):
         decode.main(**dict(checkpoint=str(run_directory), prompt="some", chat=False) | OPTIONS | changes)

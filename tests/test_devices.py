@@ -18,10 +18,12 @@ import alignment
 import decode
 import flash_attn
 import gathering
+import layout
 import moe
 import processes
 import speculative
 import train
+import zero
 from gpt import GPT, GPTConfig
 from llama import Llama, LlamaConfig
 from processes import World
@@ -40,7 +42,10 @@ class DeviceError(AssertionError):
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses operations on tensors (of one dimension or more) and generators of different devices."""
+    """Refuses operations on tensors (of one dimension or more) and generators of different devices, and, on a Mac's
+    GPU, results in float64."""
+
+    is_mac = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,6 +75,9 @@ class OneDevice(TorchDispatchMode):
         result = function(*args, **kwargs)
         if function._schema.name == "aten::all" and at == GPU:
             result.all_is_well = True
+        if self.is_mac and any(leaf.dtype == torch.float64 and leaf.device == GPU for leaf in tree_leaves(result)
+                               if isinstance(leaf, torch.Tensor)):
+            raise DeviceError(f"{function} gives float64")
         return result
 
 
@@ -105,7 +113,6 @@ def gpu(monkeypatch):
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, *args, **kwargs: contextlib.nullcontext() if device == "meta"
                         else autocast(device, *args, **kwargs))
-    monkeypatch.delattr(F, "grouped_mm", raising=False)  # meta tensors' wants a GPU's alignment
     with OneDevice():
         yield GPU
 
@@ -173,6 +180,14 @@ def test_a_model_in_parts_is_drawn_by_a_generator_of_the_cpu(gpu):
 
 
 @pytest.fixture
+def mac(gpu, monkeypatch):
+    monkeypatch.setattr(OneDevice, "is_mac", True)
+    for module in (layout, zero):
+        assert module.exact_dtype(torch.device("mps")) == torch.float32
+        monkeypatch.setattr(module, "exact_dtype", lambda device: torch.float32)
+
+
+@pytest.fixture
 def run(gpu, tmp_path, monkeypatch):
     """train.py on one process whose device is the GPU."""
     for module in (processes, train):
@@ -193,12 +208,12 @@ def run(gpu, tmp_path, monkeypatch):
     (), ("--precision=bf16",), ("--precision=fp16", "--recompute=block"), ("--model=llama", "--recompute=attention"),
     ("--model=moe",), ("--zero=1", "--offload"), ("--zero=3",), ("--model=llama", "--zero=3", "--offload")],
     ids=" ".join)
-def test_training_stays_on_one_device_and_resumes(flags, run):
+def test_training_stays_on_one_device_and_resumes(flags, run, mac):
     assert run(*flags) == 0
     assert run(*flags, "--steps=3", "--resume") == 0
 
 
-def test_alignment_stays_on_one_device(run, tmp_path, monkeypatch):
+def test_alignment_stays_on_one_device(run, mac, tmp_path, monkeypatch):
     assert run("--context=64") == 0
     # ZeRO would take it for a model without values.
     monkeypatch.setattr(torch.Tensor, "is_meta", property(lambda self: False))

@@ -2,13 +2,16 @@
 
 import functools
 import math
+import re
 import shutil
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import run_ranks
+from run_here import run_here
 
 import checkpoint
 import layout
@@ -250,7 +253,7 @@ def test_another_models_checkpoint_is_refused_on_every_rank(saved):
     (Grid(tp=2, sequence=True), GPT, 7, "--sequence divides 7 positions"),
     (Grid(ep=2), GPT, 8, "--ep=2 does not divide 0 experts: only --model=moe has any"),
     (Grid(ep=3), MOE, 8, "--ep=3 does not divide 4 experts: 1, 2, 4 do"),
-    (Grid(pp=2), MOE, 8, "a moe takes --dp, --tp and --ep"),
+    (Grid(pp=2), MOE, 8, "a moe takes --dp, --tp, and --ep or --zero alone"),
     (Grid(ep=2, dp=2, zero=1), MOE, 8, "take one of them"),
     (Grid(dp=2, pp=2, zero=3), GPT, 8, "--zero=1 or 2 with --pp"),
     (Grid(offload=True), GPT, 8, "needs --zero=1, 2 or 3")), ids=str)
@@ -266,6 +269,19 @@ def test_bytes_needed_by_hand():
                             (Grid(dp=2, tp=2, zero=3), 16 / 4), (Grid(dp=4, zero=1, offload=True), 8),
                             (Grid(dp=4, zero=3, offload=True), 8 / 4)):
         assert layout.bytes_needed(1000, sizes) == 1000 * expected
+    for sizes, expected in ((Grid(tp=2), 400 / 2 + 600), (Grid(ep=4), 400 + 600 / 4), (Grid(tp=2, ep=4), 400 / 2 + 600 / 4),
+                            (Grid(dp=2, tp=2, zero=3), (400 / 2 + 600) / 2)):
+        assert layout.bytes_needed(1000, sizes, of_experts=600) == 16 * expected
+
+
+@pytest.mark.parametrize("sizes", (Grid(), Grid(ep=2), Grid(ep=4), Grid(tp=2), Grid(tp=4), Grid(tp=2, ep=2)), ids=str)
+def test_bytes_needed_of_experts_match_what_a_process_holds(sizes):
+    """tp cuts no expert, ep nothing else. Not exactly: routers, norms and the padding of V stay whole under tp."""
+    N = sum(p.numel() for p in build(*MOE).parameters())
+    found = on_ranks(sizes, lambda rank: sum(p.numel() for p in parallel_model(*MOE, sizes).model.parameters()))
+    assert len(set(found)) == 1
+    needed = layout.bytes_needed(N, sizes, layout.expert_parameters(MOE[1])) / 16
+    assert needed == pytest.approx(found[0], rel=0 if sizes.tp == 1 else 0.06)
 
 
 def test_layouts_that_fit_are_not_refused():
@@ -292,3 +308,19 @@ def test_evaluation_matches_one_process_and_does_not_count_what_it_should_not():
             return total.item()
 
         assert run_ranks(2, on_rank) == [pytest.approx(expected, abs=1e-9)] * 2
+
+
+def test_demo_says_which_file_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "config", None)  # as if the file were not there
+    found = run_here(["layout.py"])
+    assert found.returncode == 2 and found.stderr.count("\n") == 1
+    assert re.fullmatch("layout.py: .*config.*: copy that file beside this one\n", found.stderr)
+
+
+def test_demo_counts_the_experts_of_a_process():
+    """16 bytes for each of 464,000 other parameters, which tp cuts, and of 1,572,864 of experts, which ep deals out."""
+    found = run_here(["layout.py", "--preset=moe_tiny"])
+    needed = {flags: float(number) for number, flags in re.findall(r" (\d\.\d{4})   (--.*)$", found.stdout, re.MULTILINE)}
+    others, of_experts = 2_036_864 - 1_572_864, 1_572_864
+    for flags, tp, ep in (("--ep 8", 1, 8), ("--ep 4", 1, 4), ("--tp 2 --ep 4", 2, 4), ("--tp 4 --ep 2", 4, 2)):
+        assert needed[flags] == pytest.approx(16e-9 * (others / tp + of_experts / ep), abs=6e-5)

@@ -263,7 +263,7 @@ def test_flags_change_what_is_written(tmp_path, monkeypatch, capsys):
         status, printed, error = run(*flags, "--out", out)
         assert (status, printed, out.exists()) == (2, "", False) and re.fullmatch(rf"packing\.py: .*{message}.*\n", error)
     status, printed, error = run("--context", 64, "--held_out", 0.3, "--seed", 1, "--out", out)
-    assert status == 0 and "exactly once: True; a flipped bit is refused by name: True" in printed, error
+    assert status == 0 and "exactly once: True; a flipped bit is refused by name: True (expected True, True)" in printed, error
     assert "context 64" in printed and "naive = fast: True" in printed
     assert len(open_shard(out / "train.tokens")) + len(open_shard(out / "validation.tokens")) == 30
     status, printed, error = run("--out", out)

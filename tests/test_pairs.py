@@ -168,7 +168,7 @@ def test_pairs_are_read_in_both_layouts(tmp_path):
     ("a\tb\nonly one\n", "line 2: 1 of the columns sentence, translation"),
     ("1\ta\t2\tb\n\n3\tc\t4\n", "line 3: 3 of the columns id, sentence, id, translation"),
     ("1\ta\t2\tb\nc\td\n", "line 2: 2 of the columns id"),
-    ("a\tb\n\tb\n", "line 2: the sentence is empty"), ("a\t \n", "line 1: the translation is empty"),
+    ("a\tb\n\tb\n", "line 2: the sentence is empty: correct or remove the line$"), ("a\t \n", "line 1: the translation is empty: correct or remove the line$"),
     ("", "no sentence pairs"), ("\n \n", "no sentence pairs"), (b"a\tb\n\xff\xfe\t", "byte 4: is not UTF-8")])
 def test_bad_pairs_are_refused_with_their_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=f"pairs.tsv.*{message}"):
@@ -264,9 +264,10 @@ def test_every_flag_changes_something(program, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--count", 0], "--count must be at least 1"), (["--seed", -1], "--seed in 0"), (["--data", "missing.tsv"], "No such file"),
+    (["--count", 0], "--count must be at least 1"), (["--data", "x", "--count", 1000], "--count means nothing beside --data$"),
+    (["--seed", -1], "--seed in 0"), (["--data", "missing.tsv"], "No such file"),
     (["--data", "x", "--language", "german"], "give one of them"), (["--language", "dutch"], "invalid choice"),
-    (["--data", "{broken}"], "pairs.tsv, line 2: 1 of the columns")])
+    (["--data", "{broken}"], "pairs.tsv, line 2: 1 of the columns sentence, translation: separate them by tabs$")])
 def test_program_answers_bad_input_in_one_line(program, tmp_path, capsys, arguments, message):
     path = tsv(tmp_path, "c\td\ne\n")
     with pytest.raises(SystemExit) as exit:

@@ -433,8 +433,8 @@ def test_timeline_given_measured_operations_matches_the_step_that_ran(name, P, M
 
 def test_prediction_grows_with_what_it_should():
     base = schedules.predict(Layout(96, 8, 16))
-    assert schedules.predict(Layout(96, 8, 16, V=3)).bubble < base.bubble
-    assert schedules.predict(Layout(96, 8, 16, V=3)).bytes_between > base.bytes_between
+    assert schedules.predict(Layout(96, 8, 16, v=3)).bubble < base.bubble
+    assert schedules.predict(Layout(96, 8, 16, v=3)).bytes_between > base.bytes_between
     assert schedules.predict(Layout(96, 8, 16), cluster=schedules.Cluster(between_nodes=1e9)).seconds > base.seconds
     assert schedules.predict(Layout(96, 4, 32)).bytes_inside < base.bytes_inside
 

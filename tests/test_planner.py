@@ -50,7 +50,7 @@ def test_llama_layout_of_the_paper_is_among_the_best():
 def test_megatron_flops_match_the_papers_formula():
     # Narayanan et al. 2021, eq. 3: 96 B s l h^2 (1 + s / 6h + V / 16 l h), with recomputation
     B, s, l, h, V = 1536, 2048, 96, 12288, 51200
-    model, layout = gpt_shape(l, h, 96, s, V), ClusterLayout(8, 8, 16, zero=0, recompute="full", flash=False)
+    model, layout = gpt_shape(l, h, 96, s, V), ClusterLayout(8, 8, 16, zero=0, recompute="block", flash=False)
     found = estimate(model, A100, layout, B * s, s, causal=False)
     assert found.hfu * found.step * 1024 * A100.best == pytest.approx(96 * B * s * l * h**2 * (1 + s / (6 * h) + V / (16 * l * h)))
 
@@ -113,15 +113,15 @@ def test_activations_in_flight_match_korthikanti():
     assert costs(dp=1, pp=4).memory["activations"] == 8 * kept
     assert costs(dp=1, pp=4, interleave=2).memory["activations"] == pytest.approx(8 * kept * (1 + 3 / (4 * 2)))
     assert costs(dp=1, tp=2).memory["activations"] == pytest.approx(8 * kept / 2)
-    full = costs(dp=1, recompute="full").memory["activations"]
+    full = costs(dp=1, recompute="block").memory["activations"]
     assert full == pytest.approx(8 * 2 * 1024 * 1024 + kept)
 
 
 def test_each_part_responds_to_its_cause():
     base = costs(dp=8)
     assert costs(dp=4, tp=2).seconds["tp"] > base.seconds["tp"] == 0
-    assert costs(dp=8, recompute="full").seconds["products"] == pytest.approx(base.seconds["products"] * 4 / 3)
-    assert costs(dp=8, recompute="full").hfu > costs(dp=8, recompute="full").mfu and base.hfu == pytest.approx(base.mfu)
+    assert costs(dp=8, recompute="block").seconds["products"] == pytest.approx(base.seconds["products"] * 4 / 3)
+    assert costs(dp=8, recompute="block").hfu > costs(dp=8, recompute="block").mfu and base.hfu == pytest.approx(base.mfu)
     assert costs(dp=16).seconds["dp"] > base.seconds["dp"]  # beyond a node of eight
     assert costs(dp=4, pp=2).seconds["bubble"] > base.seconds["bubble"] == 0
     assert costs(dp=8, microbatch=8).memory["activations"] == pytest.approx(8 * base.memory["activations"])

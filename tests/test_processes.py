@@ -1,5 +1,6 @@
 """The processes of a run: what one knows, all know; what torchrun sets is read; what is wrong is said in one line."""
 
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, run_ranks, spawn_ranks
+from run_here import run_here
 
 from processes import ProcessError, World, join, measure_peak, memory, multiplies_bf16
 
@@ -95,3 +97,20 @@ def test_the_machine_is_measured():
     cpu = torch.device("cpu")
     assert 1e8 < measure_peak(World(), torch.float32) < 1e14
     assert memory(cpu) > 2**28 and multiplies_bf16(cpu) in (True, False) and not multiplies_bf16(torch.device("meta"))
+
+
+UNDER_TORCHRUN = {path.name for path in ROOT.glob("*.py")  # as a header says
+                  if re.search(rf"^ +torchrun .* {path.name}\b", path.read_text().split('"""')[1], re.MULTILINE)}
+REFUSED = {"processes.py": ["--device=tpu"], "train.py": ["--steps=0"], "data.py": ["crawl/*.wet"]}
+
+
+@pytest.mark.parametrize("file", sorted(UNDER_TORCHRUN | {"zero_memory.py"}))
+@pytest.mark.parametrize("flags", (["--nonsense"], None), ids=("unknown", "refused"))
+def test_a_refused_flag_is_said_once_by_all_ranks(file, flags, monkeypatch):
+    flags = flags or REFUSED.get(file, ["--seed=-1"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        found = run_here([file, *flags])
+        assert (found.returncode, found.stderr.count("\n")) == (2, lines), found.stderr
+        assert found.stderr.startswith(f"{file}: ") or rank == "1"

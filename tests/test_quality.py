@@ -59,8 +59,9 @@ def test_bad_words_come_from_a_file(tmp_path):
     assert clean(prose(9) + " Darn it all to pieces.", bad)[1][0][0] == "bad words"
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
-    for name, message in (("empty.txt", "holds no word"), ("latin.txt", "cannot be read"), ("none.txt", "cannot be read")):
-        with pytest.raises(ValueError, match=f"{name}: {message}"):
+    for name, message in (("empty.txt", ": holds no word"), ("latin.txt", ", byte 0: is not UTF-8: convert the file first$"),
+                          ("none.txt", r": cannot be read \(No such file or directory\): check the path$")):
+        with pytest.raises(ValueError, match=f"{name}{message}"):
             BadWords.from_file(tmp_path / name)
 
 

@@ -118,6 +118,15 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[str, str, int]:
     return found.out, found.err, code
 
 
+@pytest.mark.parametrize("auc, verdict", ((0.61, "0.610: OK, above 0.6"), (0.55, "0.550: WRONG, expected above 0.6 (guessing: 0.5)")))
+def test_the_verdict_and_its_words_have_one_threshold(auc, verdict, tmp_path, monkeypatch, capsys):
+    for name in ("raw", "good"):
+        (tmp_path / f"{name}.txt").write_text(f"a {name} text")
+    monkeypatch.setattr(quality_classifier, "held_out_auc", lambda good, raw: auc)
+    quality_classifier.main(f"{tmp_path}/raw.txt", f"{tmp_path}/good.txt", 9.0)
+    assert capsys.readouterr().out.endswith(f"held-out ROC AUC {verdict}\n")
+
+
 def test_program_reaches_its_verdict_and_every_flag_changes_something(tmp_path, monkeypatch, capsys):
     for name, share in (("raw", 0.05), ("good", 0.3), ("others", 0.1)):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{t}. A dog. A cat."}}\n' for t in texts(100, share, len(name))))

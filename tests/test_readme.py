@@ -43,7 +43,7 @@ def needs(path):
 
     def visit(node):
         for child in ast.iter_child_nodes(node):
-            in_demo = isinstance(child, ast.FunctionDef) and child.name in ("main", "_demo", "demo", "_train")
+            in_demo = isinstance(child, ast.FunctionDef) and child.name in ("main", "_demo", "demo", "_train", "show_fit")
             if in_demo or isinstance(child, ast.If) and re.search("__main__|TYPE_CHECKING", ast.unparse(child.test)):
                 continue
             names = [alias.name for alias in child.names] if isinstance(child, ast.Import) else []
@@ -64,6 +64,17 @@ def test_what_is_to_be_copied_is_all_that_is_needed(row):
     assert wanted <= {name for name in beside if name.endswith(".py")}
     named = set().union(*(names_in(ROOT / file) for file in (*files, *(b for b in beside if b.endswith(".py")))))
     assert any(re.match(r"\w+", use)[0] in named for use in imported)
+
+
+def test_only_what_is_said_to_need_tiktoken_imports_it():
+    """At module level; torch and numpy are all that the other files to copy need."""
+    need, regex = (set(re.findall(r"`(\w+\.py)`", part))
+                   for part in re.search(r"\(([^()]*) need\s+tiktoken, ([^()]*) the regex that", COPY).groups())
+    files = set(re.findall(r"`(\w+\.py)`", COPY))
+    modules = {file: {name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))
+                      for name in [alias.name for alias in node.names] + [getattr(node, "module", "")]} for file in files}
+    assert {file for file in files if "tiktoken" in modules[file]} == need
+    assert {file for file in files if "regex" in modules[file]} - need == regex
 
 
 def test_every_figure_is_there_with_the_command_that_makes_it():

@@ -133,6 +133,13 @@ def test_what_cannot_be_is_refused():
     recompute.recompute(moe, "attention")
 
 
+def test_main_itself_refuses_sizes_that_cannot_be():
+    for sizes, message in (((0, 8, 8, 1, 0), "--n_layers, --context and"), ((1, 12, 8, 1, 0), "--d_model a multiple of 8, got 1, 8, 1 and 12"),
+                           ((1, 8, 8, 1, -1), "--seed must be in 0 .. 2")):
+        with pytest.raises(ValueError, match=message):
+            recompute.main("gpt", *sizes)
+
+
 @pytest.mark.parametrize("flags, message", ((("--n_layers", "0"), "must be at least 1"), (("--d_model", "12"), "a multiple of 8"),
                                             (("--seed", "-1"), "--seed must be"), (("--model", "bert"), "invalid choice")))
 def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys):

@@ -282,6 +282,14 @@ def test_losses_of_uneven_parts_add_up_to_the_loss_of_all():
         assert_close(sum(loss(part, count) for part in parts), loss(slice(None), None))
 
 
+def test_a_count_of_zero_is_a_count_in_all_losses():
+    """None alone means that these rows are all."""
+    x, mask, count = torch.ones(2, 3), torch.ones(2, 3), torch.tensor(0.0)
+    for loss in (response_loss(-x, mask, count), ppo_loss(x, x, x, mask, count=count), value_loss(x, x, x + 1, mask, count=count),
+                 grpo_loss(x, x, x, x[:, 0], mask, count=count), reinforce_loss(x, x[:, 0], mask, count)):
+        assert not loss.isfinite()
+
+
 # --- gradients of the expected reward, enumerated ---------------------------------------------------------------------
 
 def test_leave_one_out_gradient_is_that_of_the_expected_reward_of_a_bandit():

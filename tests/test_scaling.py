@@ -113,7 +113,7 @@ def test_activations_match_saved_tensors(B, T, D, H):
         kept = saved_bytes(lambda: block(x), block.parameters())
         assert kept == pytest.approx(4 * B * T * sum(shape.activation_values(T, flash=flash)), rel=0.1)
         kept = saved_bytes(lambda: checkpoint(block, x, use_reentrant=False), block.parameters())
-        assert kept == 4 * B * T * sum(shape.activation_values(T, "full"))
+        assert kept == 4 * B * T * sum(shape.activation_values(T, "block"))
 
 
 @pytest.mark.parametrize("keys, d_ff", [(4, 192), (2, 192), (1, 224)])
@@ -132,8 +132,8 @@ def test_activations_match_korthikanti():
     assert 2 * (stream + others) == pytest.approx(h * (34 + 5 * a * s / h))  # eq. 1
     assert 2 * (stream + others / 8) == pytest.approx(h * (10 + 24 / 8 + 5 * a * s / (h * 8)))  # eq. 2, tensor parallel
     assert 2 * sum(shape.activation_values(s, flash=True, dropout=True)) == 34 * h  # table 2: scores recomputed
-    assert 2 * sum(shape.activation_values(s, "full")) == 2 * h
-    assert sum(shape.activation_values(s, "full")) < sum(shape.activation_values(s, "selective")) \
+    assert 2 * sum(shape.activation_values(s, "block")) == 2 * h
+    assert sum(shape.activation_values(s, "block")) < sum(shape.activation_values(s, "selective")) \
         < sum(shape.activation_values(s))
 
 

@@ -177,7 +177,10 @@ def test_bad_csv_is_one_line(tmp_path, text, message):
 
 def test_files_that_are_no_csv_are_refused(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"N,D,loss\n\xff\xfe")
-    for path, message in ((tmp_path / "x.csv", "not CSV in UTF-8"), (tmp_path, "cannot be read"), ("missing.csv", "cannot be read")):
+    (tmp_path / "y.csv").write_text("N,D,loss\n" + "1" * 200_000)
+    for path, message in ((tmp_path / "x.csv", r"x\.csv, byte 9: is not UTF-8: convert the file first$"),
+                          (tmp_path / "y.csv", r"y\.csv: not CSV \(field larger than .*\): save it as such$"),
+                          (tmp_path, "cannot be read"), ("missing.csv", "cannot be read")):
         with pytest.raises(ValueError, match=message):
             read_runs(path)
 

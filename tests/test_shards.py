@@ -264,4 +264,4 @@ def test_verdict_is_wrong_when_damage_is_not_noticed(monkeypatch, capsys):
     monkeypatch.setattr(data, "default_documents", lambda: [f"text number {i}" for i in range(40)])
     monkeypatch.setattr(shards, "open_shard", lambda path, verify=True, real=open_shard: real(path, verify=False))
     shards.main(held_out=0.3, kills=1)
-    assert re.search(r"refused by name: (\d+) of (?!\1\b)\d+: WRONG\n$", capsys.readouterr().out)
+    assert re.search(r"refused by name: (\d+) of (?!\1\b)\d+: WRONG, expected all, and True above\n$", capsys.readouterr().out)

@@ -208,7 +208,7 @@ def test_eval_mode_is_used_and_the_modes_are_restored():
 
 
 @pytest.mark.parametrize("prompt, message", [([], "prompt 0 is empty"),
-                                             ([1] * 25, "25 tokens, the model's context is 24"),
+                                             ([1] * 25, "25 tokens, the model's context is 24: shorten it"),
                                              ([11], "the vocabulary is 0 .. 10"), ([-1], "the vocabulary is 0 .. 10")])
 def test_bad_prompts_are_refused(prompt, message):
     for function in (speculative, naive_speculative):

@@ -562,8 +562,24 @@ def test_command_does_what_each_flag_says(tmp_path):
     assert "encode alike: True" in other.stdout and load(tmp_path / "o")._pat_str == CL100K_SPLIT
 
 
+def test_command_learns_from_all_files_that_a_pattern_names(tmp_path):
+    (tmp_path / "a.txt").write_text("abc " * 200)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "xyz " * 200}) + "\n")
+    found = run("--data", f"{tmp_path}/*.txt,{tmp_path}/b.jsonl", "--vocab_size", 270, "--text", "abc xyz")
+    assert found.returncode == 0 and "tokens: abc| xyz\n" in found.stdout, found.stderr
+
+
+def test_command_says_what_it_lacks_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "data", None)  # as if the file were not there
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--data", "in.txt"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(tokenizer.__file__, run_name="__main__")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("tokenizer.py: ") and error.endswith(": copy that file beside this one\n")
+
+
 @pytest.mark.parametrize("content, flags, message", [
-    (None, [], "No such file"), (b"", [], "empty"), (b"abc\xff", [], "byte 3: is not UTF-8"),
+    (None, [], "in.txt: no such file"), (b"", [], "in.txt: is empty"), (b"abc\xff", [], "in.txt, byte 3: 0xff is not UTF-8: convert the file"),
     (b"abc", ["--vocab_size", "100"], "at least 256"), (b"abc", ["--out", "."], "cannot be written (Is a directory)"),
     (b"abc", ["--out", "none/v"], "cannot be written (No such file"), (b"abc", ["--vocab_size", "many"], "invalid int value: 'many'"),
     (b"abc", ["--pattern", "bert"], "invalid choice: 'bert'"), (b"abc", ["--nope"], "unrecognized arguments: --nope")])

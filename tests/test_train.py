@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Program, run_program, spawn_ranks
 
+import alignment
 import checkpoint
 import data
 import decode
@@ -407,6 +408,8 @@ def test_unusable_text_is_refused_in_one_line(tmp_path, capsys, name, content, m
     (["--steps=inf"], "--steps: 'inf' is not a whole number"),
     (["--min_lr=1"], "--min_lr=1 is above --lr=0.002"),
     (["--warmup_steps=13"], "--warmup_steps=13 and the decay do not fit into --steps=12"),
+    (["--d_model=1e8", "--batch_tokens=128"], "take more processes with --zero=1, 2 or 3 or --tp, fewer --n_layers"),
+    (["--d_model=1e8", "--batch_tokens=128", "--model=moe"], "--zero=1, 2 or 3, --tp or --ep, fewer --n_layers"),
     (["--d_model=1e8", "--batch_tokens=128"], "GiB for weights, gradients and AdamW's moments do not fit"),
     (["--schedule=linear"], "--schedule"),
     (["--preset=gpt5"], "--preset"),
@@ -423,6 +426,15 @@ def test_unusable_text_is_refused_in_one_line(tmp_path, capsys, name, content, m
 def test_bad_settings_are_refused_in_one_line(text, tmp_path, capsys, flags, message):
     keep = [flag for flag in SMALL if not (flag.startswith("--vocab_size") and any("tokenizer" in f for f in flags))]
     assert message in refused(capsys, f"--data={text}", f"--out={tmp_path}", *keep, *flags)
+
+
+def test_what_alignment_refuses_after_pretraining_is_one_line(text, tmp_path, capsys, monkeypatch):
+    def run_stages(config, world):
+        raise alignment.AlignmentError("of the 9 pairs none is left: give more\nthan that")
+
+    monkeypatch.setattr(alignment, "run_stages", run_stages)
+    error = refused(capsys, f"--data={text}", f"--out={tmp_path}", *SMALL, "--stage=all", "--steps=1")
+    assert error == "train.py: of the 9 pairs none is left: give more\n"
 
 
 @pytest.mark.parametrize("saved, flags, message", [

@@ -175,7 +175,7 @@ def test_texts_that_run_out_of_substrings_give_fewer_pieces(monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (("text", 100), "iterable of str, got one str"), (([""], 100), "hold no characters"), (([], 100), "hold no characters"),
-    ((["abc"], 2), "3 characters cannot all be among 2 pieces"), ((["a"], 0), "vocab_size at least 1"),
+    ((["abc"], 2), "3 characters cannot all be among 2 pieces"), ((["a"], 0), "n_pieces at least 1"),
     ((["a"], 9, "("), "not a regular expression"), ((["a"], 9, "(a)"), "captures 1 group"),
     ((["ab"], 9, "a"), "covers 1 of 2 characters"), ((["a"], 9, WORDS, 0.0), r"coverage must be in \(0, 1\]"),
     ((["a"], 9, WORDS, 1.0, 0), "longest, .* at least 1"), ((["a"], 9, WORDS, 1.0, 4, None, 1.0), r"shrink in \(0, 1\)"),
@@ -200,9 +200,9 @@ def test_flags_change_what_is_trained(tmp_path, monkeypatch, capsys):
             status = end.code
         return status, *capsys.readouterr()
     (tmp_path / "a.txt").write_text(CORPUS[0][:10_000])
-    status, out, error = run("--vocab_size", 200, "--em_steps", 3, "--coverage", 0.99)
-    assert status == 0 and "200 pieces learned" in out and "EM never fell: True" in out, error
+    status, out, error = run("--pieces", 200, "--em_steps", 3, "--coverage", 0.99)
+    assert status == 0 and "200 pieces learned" in out and "EM never fell: True (expected True)\n" in out, error
     assert "seeds, naive = fast: True" in out and out.split("200 pieces")[-1].count("->") == 2
-    for flags, message in ((("--vocab_size", 3), "cannot all be among 3 pieces"), (("--em_steps", 0), "em_steps and .* at least 1")):
+    for flags, message in ((("--pieces", 3), "cannot all be among 3 pieces: give more pieces"), (("--em_steps", 0), "em_steps and .* at least 1")):
         status, out, error = run(*flags)
         assert (status, out) == (2, "") and re.fullmatch(rf"unigram_training\.py: .*{message}.*\n", error)

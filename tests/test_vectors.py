@@ -104,18 +104,18 @@ def test_a_text_file_with_spaces_in_items_and_windows_line_ends_is_read(tmp_path
 
 
 BAD_FILES = {
-    "no header": (b"the 1 2\n", False, "line 1: want the number of items and the width, found b'the 1 2'"),
+    "no header": (b"the 1 2\n", False, "line 1: want the number of items and the width, found b'the 1 2': give a file in word2vec's format$"),
     "empty": (b"", False, "line 1: want"),
     "none": (b"0 5\n", False, "line 1: want"),
-    "short": (b"3 2\na 1 2\nb 1 2\n", False, "ends after 2 of 3 items"),
-    "cut": (b"3 2\na 1 2\nb 1", False, "line 3: want an item and 2 numbers"),
+    "short": (b"3 2\na 1 2\nb 1 2\n", False, "ends after 2 of 3 items: cut short: copy it again$"),
+    "cut": (b"3 2\na 1 2\nb 1", False, "line 3: want an item and 2 numbers, found b'b 1': copy it again$"),
     "narrow": (b"1 3\na 1 2\n", False, "line 2: want an item and 3 numbers"),
     "words": (b"1 2\na b c\n", False, "line 2: want an item and 2 numbers, found b'a b c'"),
     "twice": (b"2 1\na 1\na 2\n", False, r"2 items \(1 different\)"),
     "wide": (b"1 99999999999999999999\na 1\n", False, "line 1: want"),
     "huge": (b"1 1\na nan\n", False, "'a' has numbers that are not finite"),
     "latin": (b"1 1\n\xe9 1\n", False, "not UTF-8"),
-    "binary cut": (b"2 1\na 1234b 12", True, "ends inside of item 2 of 2"),
+    "binary cut": (b"2 1\na 1234b 12", True, "ends inside of item 2 of 2: cut short, or not binary: copy it again$"),
     "text as binary": (b"2 4\na 1 2 3 4\nb 1 2 3 4\n", True, "ends inside of item 2"),
 }
 
@@ -127,6 +127,13 @@ def test_bad_file_is_refused_with_its_name_and_place(tmp_path, name):
     with pytest.raises(ValueError, match=message) as caught:
         Vectors.load(tmp_path / "bad.vec", binary)
     assert "\n" not in str(caught.value) and "bad.vec" in str(caught.value)
+
+
+def test_a_file_is_written_beside_under_a_name_that_says_so(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(vectors.os, "replace", lambda source, target: moved.append((source.name, str(target))))
+    Vectors(["a"], torch.ones(1, 1)).save(tmp_path / "a.vec")
+    assert moved == [(f"a.vec.{vectors.os.getpid()}.tmp", str(tmp_path / "a.vec"))] and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("items, message", [(["New York", "b"], "'New York' is not one word"), (["", "b"], "'' is not"),
@@ -195,14 +202,31 @@ def test_letters_are_near_letters_of_their_alphabet_and_capitals_are_a_direction
 
 def test_every_flag_of_the_demo_changes_something(tmp_path, monkeypatch, capsys):
     status, first, error = run(monkeypatch, capsys)
-    assert (status, error) == (0, "") and re.search(r"a file of text or numbers gives all back: True$", first.strip())
+    assert (status, error) == (0, "") and re.search(r"a file of text or numbers gives all back: True \(expected True\)$", first.strip())
     one = tmp_path / "a.bin", tmp_path / "a.png"
     changed = run(monkeypatch, capsys, "--item", "é", "--analogy", "a", "A", "é", "--out", one[0], "--plot", one[1])[1]
     assert "a : A = é : ?  3CosAdd É" in changed and changed.splitlines()[1].startswith("  é  ")
     assert one[1].read_bytes()[:4] == b"\x89PNG"
     status, out, error = run(monkeypatch, capsys, "--vectors", one[0], "--item", "é", "--out", tmp_path / "a.vec")
-    assert status == 0 and "vectors read; all are finite: True" in out and out.splitlines()[1] == changed.splitlines()[1]
+    assert status == 0 and f"of them written and read again are the same: True (expected True)\n" in out and out.splitlines()[1] == changed.splitlines()[1]
     assert torch.equal(Vectors.load(tmp_path / "a.vec").vectors, letters().vectors)
+
+
+def test_a_file_whose_vectors_change_on_the_way_is_not_the_same(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.vec").write_text("2 1\nking 1.25\nNew York 2\n")
+    vectors.main(str(tmp_path / "a.vec"), "king", None, None, None)
+    assert "2 vectors; 1 of them written and read again are the same: True (expected True)\n" in capsys.readouterr().out
+    real = Vectors.save
+
+    def rounded(found, path, binary=False):
+        real(Vectors(found.items, found.vectors.round()), path, binary)
+
+    monkeypatch.setattr(Vectors, "save", rounded)
+    vectors.main(str(tmp_path / "a.vec"), "king", None, None, None)
+    assert "written and read again are the same: False (expected True)\n" in capsys.readouterr().out
+    (tmp_path / "a.vec").write_text("1 1\nNew York 2\n")
+    vectors.main(str(tmp_path / "a.vec"), "New York", None, None, None)
+    assert "1 vectors; 0 of them written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [

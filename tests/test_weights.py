@@ -206,7 +206,7 @@ def test_foreign_and_broken_directories_are_refused(tmp_path):
         Llama.from_pretrained(tmp_path)
     del config["hidden_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json lacks 'hidden_size'"):
+    with pytest.raises(ValueError, match="config.json lacks 'hidden_size': copy it again$"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="Hugging Face Llama: "):

@@ -387,7 +387,7 @@ def test_every_flag_of_the_demo_changes_something(tmp_path, monkeypatch, capsys)
     first = run_demo(monkeypatch, capsys)
     assert first == run_demo(monkeypatch, capsys) and "W^T onehot(1) is the vector of item 1: True" in first
     assert "(1 + 5) ln 2 = 4.1589" in first and "at least twice as often: True\n" in first
-    assert re.search(r"held-out loss .* -> .*, lower: True$", first.strip())
+    assert re.search(r"held-out loss .* -> .*, lower: True \(expected True\)$", first.strip())
     for flag in (("architecture", "cbow"), ("objective", "softmax"), ("objective", "hierarchical"), ("d_model", 8),
                  ("epochs", 2), ("seed", 1)):
         assert run_demo(monkeypatch, capsys, flag) != first, flag
@@ -413,7 +413,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_training(monkeypatch, c
     (["--data", "none.txt"], "none.txt: no such file"),
     (["--data", "few.txt"], "0 of 2 different items occur 5 times"),
     (["--data", "same.txt"], "1 of 1 different items occur 5 times"),
-    (["--data", "one.txt"], "nothing is held out of"),
+    (["--data", "one.txt"], "one.txt: too few paragraphs to hold one out, 1: give at least two"),
     (["--objective", "nce"], "argument --objective: invalid choice: 'nce'"),
     (["--d_model", "0"], "d_model must be a whole number and at least 1, got 0"),
     (["--out", "none/a.txt"], "none/a.txt: cannot be written (No such file or directory): check the folder"),

@@ -170,7 +170,8 @@ def test_vocabulary_files_are_those_of_transformers(tmp_path, line_end):
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "no such file|cannot be read"), (b"", "lacks"), (b"\xff\xfe[", "byte 0: is not UTF-8"),
+    (None, "no such file|cannot be read"), (b"", "lacks .*: copy a whole vocab.txt of BERT's$"),
+    (b"\xff\xfe[", "vocab.txt, byte 0: is not UTF-8: convert the file first$"),
     ("\n".join([*SPECIAL, "a", "a"]).encode(), "'a' is in the vocabulary twice"), (b"[PAD]\n[UNK]\nthe\n", r"lacks \[CLS\] \[SEP\] \[MASK\]")])
 def test_bad_vocabulary_files_are_refused(tmp_path, content, message):
     path = tmp_path / "vocab.txt"
