@@ -267,7 +267,8 @@ def run(settings: TrainConfig, given: set[str]) -> None:
         try:
             alignment.run_stages(alignment.AlignConfig(
                 init=c.out, out=str(run_folder.home(Path(c.out))), seed=c.seed, device=c.device, timeout=c.timeout,
-                tp=c.tp, zero=c.zero, resume=resumed is not None, overwrite=resumed is None and settings.overwrite), world)
+                tp=c.tp, zero=c.zero, resume=resumed is not None,
+                overwrite=resumed is None and settings.overwrite), world)
         except ValueError as error:  # its word for what the user has to mend
             raise ConfigError(str(error).splitlines()[0]) from error
 
