@@ -425,7 +425,7 @@ def main(arguments: list[str], program: str = "alignment.py") -> int:
         config = _parse(arguments)
         run_stages(config, processes.join(config.device, config.timeout))
     except ValueError as error:
-        return one_line(str(error).splitlines()[0], 2) if rank == 0 else 2
+        return one_line((str(error) or repr(error)).splitlines()[0], 2) if rank == 0 else 2
     except ImportError as error:
         return one_line(f"{error}: copy that file beside this one", 2) if rank == 0 else 2
     except torch.OutOfMemoryError as error:

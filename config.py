@@ -162,13 +162,14 @@ def whole_number(text: str) -> int:
 
 
 def parse_flags(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """The values of the flags; an unknown one is an error that names the nearest known one."""
+    """The values of the flags; an unknown one is an error that names what it may be short for, or the nearest."""
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, flags, 1)
-        parser.error(f"unknown flag {name}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+        longer = [flag for flag in flags if flag.endswith(f"_{name.lstrip('-')}")]
+        near = longer or difflib.get_close_matches(name, flags, 1)
+        parser.error(f"unknown flag {name}: " + (f"did you mean {' or '.join(near)}?" if near else "see --help"))
     return known
 
 

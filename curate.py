@@ -55,6 +55,8 @@ RULES = ("curly bracket", "lorem ipsum", "bad words", "citation markers", "termi
          "masked phone", "copied document", "near-duplicate", "quality classifier", "repeated line",
          "repeated three sentences", "too short without them", "held-out text")
 
+THRESHOLD = 0.8  # from which similarity on documents are near-duplicates
+
 
 # --- 1. files that are whole or not there ------------------------------------------------------
 
@@ -185,7 +187,7 @@ class Curation:
     """One run: its files, its settings, and a method for each pass's item, which is done when its file is there."""
 
     def __init__(self, files: list[str], out: str | os.PathLike, bad_words: str | None = None,
-                 trusted: str | None = None, decontaminate: str | None = None, threshold: float = 0.8,
+                 trusted: str | None = None, decontaminate: str | None = None, threshold: float = THRESHOLD,
                  tokenizer: str | None = None):
         import data
         import deduplication
@@ -485,7 +487,7 @@ def _demo() -> None:
 
 def main(crawl: str | None, out: str | None, explain: bool, **options) -> None:
     if crawl is None:
-        if out or explain or any(value not in (None, 0.8) for value in options.values()):  # 0.8: --threshold's default
+        if out or explain or any(value not in (None, THRESHOLD) for value in options.values()):
             raise ValueError("without a crawl the demo takes no flag: say which files, such as 'crawl/*.warc.wet.gz'")
         return _demo()
     if out is None:
@@ -512,7 +514,7 @@ def start(arguments: list[str]) -> None:
                         help="text of the quality that is wanted: fits the classifier")
     parser.add_argument("--decontaminate", metavar="FILES",
                         help="tests: what shares 13 words with them is removed")
-    parser.add_argument("--threshold", type=float, default=0.8,
+    parser.add_argument("--threshold", type=float, default=THRESHOLD,
                         help="similarity of near-duplicates (default %(default)s)")
     parser.add_argument("--tokenizer", metavar="NAME",
                         help="counts the tokens of the report: a tiktoken name, a file, or a folder "

@@ -95,7 +95,9 @@ def check(sizes: Grid, kind: str, model: dict, T: int) -> None:
 
 def expert_parameters(model: dict) -> int:
     """How many of a model's parameters are its experts': three matrices each; 0 without experts."""
-    return 3 * model["d_model"] * model["d_ff"] * model["n_layers"] * model.get("experts", {}).get("n_experts", 0)
+    if "experts" not in model:
+        return 0
+    return 3 * model["d_model"] * model["d_ff"] * model["n_layers"] * model["experts"]["n_experts"]
 
 
 def bytes_needed(N: int, sizes: Grid, of_experts: int = 0) -> float:

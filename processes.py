@@ -141,6 +141,8 @@ def join(device: str | None = None, timeout: int = 600) -> World:
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error of a collective says that another process is gone, or silent for longer than the time-out."""
+    if any(own in str(error) for own in ("CUDA error", "Duplicate GPU", "out of memory")):  # this process's own
+        return False
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in (
         "Connection closed", "Connection reset", "Connection refused", "imed out", "Broken pipe"))
 
@@ -235,8 +237,8 @@ def main(device: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n"  # one line of all ranks, without usage
-                                               if os.environ.get("RANK", "0") == "0" else None)
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # of its machine: each may lack another
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n" if first else None)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best that is here)")
     try:
         main(**vars(parser.parse_args()))

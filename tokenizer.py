@@ -497,7 +497,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: Python's own)")
+    parser.add_argument("--data", help="files, such as 'my/*.txt' or a.jsonl,b.txt (default: the topics of "
+                        "Python's help)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids to learn, <|endoftext|> included "
                         "(default %(default)s)")
     parser.add_argument("--pattern", choices=("gpt2", "cl100k"), default="gpt2",

@@ -146,7 +146,8 @@ class Trainer:
         return {start: loss / scale for start, loss in zip(starts, losses)}
 
     def _batch(self, windows: data.TokenWindows, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(t.to(self.world.device, non_blocking=True) for t in windows.batch(start, size))
+        device = self.world.device
+        return tuple(t.to(device, non_blocking=device.type == "cuda") for t in windows.batch(start, size))
 
     def step(self, step: int, windows: data.TokenWindows, stop: bool = False) -> dict:
         """One optimizer step, if its loss and gradient are finite.
@@ -270,7 +271,7 @@ def run(settings: TrainConfig, given: set[str]) -> None:
                 tp=c.tp, zero=c.zero, resume=resumed is not None,
                 overwrite=resumed is None and settings.overwrite), world)
         except ValueError as error:  # its word for what the user has to mend
-            raise ConfigError(str(error).splitlines()[0]) from error
+            raise ConfigError((str(error) or repr(error)).splitlines()[0]) from error
 
 
 def _train(trainer: Trainer, settings: TrainConfig, corpus: Corpus, progress: "Progress", first: int,

@@ -182,7 +182,7 @@ class Vectors:
                 end = rest.find(b" ", place)
                 if end < 0 or len(rest) < end + 1 + 4 * D:
                     raise ValueError(f"{path}: ends inside of item {len(names) + 1} of {V}: cut short, or "
-                                     "not binary: copy it again")
+                                     "text: copy it again, or name it without .bin")
                 names.append(rest[place:end].lstrip(b"\n"))  # a new line ends an item in some programs' files
                 rows.append(torch.from_numpy(np.frombuffer(rest, "<f4", D, end + 1).astype(np.float32)))
                 place = end + 1 + 4 * D
@@ -280,7 +280,10 @@ def main(vectors: str | None, item: str | None, analogy: list[str] | None, out: 
     if vectors:
         # Names with blanks are read and not written; of millions of vectors, some say enough.
         words = [word for word in found.items if len(word.split()) == 1 and word == word.strip()][:10_000]
-        same = _gives_back(Vectors(words, found.vectors[[found.index[word] for word in words]])) if words else "unknown"
+        if not words:
+            print(f"{len(found.items):,} vectors; no name of theirs can be written: nothing is compared")
+            return
+        same = _gives_back(Vectors(words, found.vectors[[found.index[word] for word in words]]))
         print(f"{len(found.items):,} vectors; {len(words):,} of them written and read again are the same: {same} "
               "(expected True)")
         return

@@ -254,7 +254,7 @@ class ZeRO:
         if flat.filled:
             flat.gradient += total.to(flat.gradient.device)
         else:
-            flat.gradient.copy_(total, non_blocking=True)
+            flat.gradient.copy_(total, non_blocking=total.is_cuda)  # see _wait_for_copies
         flat.filled = True
         if self.stage >= 2:
             self._rooms[:] = [room]
@@ -396,7 +396,7 @@ class ZeRO:
 
     def _publish(self, flat: Flat) -> None:
         if flat.master is not flat.chunk:
-            flat.chunk.copy_(flat.master, non_blocking=True)
+            flat.chunk.copy_(flat.master, non_blocking=flat.chunk.is_cuda)
         if flat.parts > 1 and self.stage < 3:
             flat.arriving = flat.start_all_gather()
 

@@ -333,6 +333,7 @@ def test_programs_chat_with_what_was_trained_and_refuse_in_one_line(done, monkey
     for flags, message in ((["--init", "nowhere"], "nowhere: no such directory"), (["--sft_lr", "x"], "invalid float value"),
                            (["--zzz", "1"], "unknown flag --zzz: see --help"),
                            (["--sft_epoch=1"], "unknown flag --sft_epoch: did you mean --sft_epochs?"),
+                           (["--lr", "1"], "did you mean --sft_lr or --reward_lr or --ppo_lr or --dpo_lr or --grpo_lr?"),
                            (["--pairs", "1.5"], "argument --pairs: '1.5' is not a whole number"),
                            (["--timeout", "1e15"], "--timeout must be in 1 .. 9999999, got 1000000000000000"),
                            (["--seed=2**32"], "--seed must be in 0 .. 2^32 - 1, got 4294967296")):

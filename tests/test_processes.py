@@ -11,7 +11,7 @@ import torch.distributed as dist
 from conftest import ROOT, run_ranks, spawn_ranks
 from run_here import run_here
 
-from processes import ProcessError, World, join, measure_peak, memory, multiplies_bf16
+from processes import ProcessError, World, is_lost, join, measure_peak, memory, multiplies_bf16
 
 
 @pytest.mark.parametrize("P", [1, 2, 3])
@@ -91,6 +91,18 @@ def test_a_closed_pipe_does_not_stop_what_prints():
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.wait(60) == 0 and process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("error, lost", [
+    (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:2"), True),
+    (RuntimeError("Timed out waiting 600000ms for recv operation to complete"), True),
+    (dist.DistBackendError("NCCL communicator was aborted on rank 1"), True),
+    (dist.DistBackendError("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"), False),
+    (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False)])
+def test_a_lost_process_is_told_from_an_error_of_ones_own(error, lost):
+    assert is_lost(error) is lost
 
 
 def test_the_machine_is_measured():

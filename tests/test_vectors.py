@@ -115,7 +115,7 @@ BAD_FILES = {
     "wide": (b"1 99999999999999999999\na 1\n", False, "line 1: want"),
     "huge": (b"1 1\na nan\n", False, "'a' has numbers that are not finite"),
     "latin": (b"1 1\n\xe9 1\n", False, "not UTF-8"),
-    "binary cut": (b"2 1\na 1234b 12", True, "ends inside of item 2 of 2: cut short, or not binary: copy it again$"),
+    "binary cut": (b"2 1\na 1234b 12", True, "ends inside of item 2 of 2: cut short, or text: copy it again, or name it without .bin$"),
     "text as binary": (b"2 4\na 1 2 3 4\nb 1 2 3 4\n", True, "ends inside of item 2"),
 }
 
@@ -226,7 +226,7 @@ def test_a_file_whose_vectors_change_on_the_way_is_not_the_same(tmp_path, monkey
     assert "written and read again are the same: False (expected True)\n" in capsys.readouterr().out
     (tmp_path / "a.vec").write_text("1 1\nNew York 2\n")
     vectors.main(str(tmp_path / "a.vec"), "New York", None, None, None)
-    assert "1 vectors; 0 of them written" in capsys.readouterr().out
+    assert "1 vectors; no name of theirs can be written: nothing is compared" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [

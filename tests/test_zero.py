@@ -177,6 +177,25 @@ def test_a_delayed_update_is_one_step_behind():
             assert_same((caught_up, [0]), (values(ahead), [0]))
 
 
+def test_a_delayed_update_begins_when_the_copies_of_the_last_have_arrived(monkeypatch):
+    """On a GPU they go on while Python does, and the update writes where they read."""
+    done = []
+    for name in ("_publish", "_wait_for_copies", "_in_background"):
+        method = getattr(ZeRO, name)
+        monkeypatch.setattr(ZeRO, name, lambda self, *args, name=name, method=method: (done.append(name), method(self, *args))[1])
+    model = gpt()
+    trainer = ZeRO(model, adamw, offload=True, delayed=True)
+    for batch in batches(2):
+        loss_of(model, batch).backward()
+        trainer.finish()
+        done.clear()
+        trainer.step()
+        trainer._join()
+        published = done.index("_wait_for_copies")
+        assert set(done[:published]) == {"_publish"} and done[published + 1:] == ["_in_background"]
+        trainer.zero_grad()
+
+
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.RMSprop, lr=1e-3),
                                        partial(torch.optim.AdamW, lr=1e-2, fused=True),
                                        partial(torch.optim.NAdam, lr=1e-3, foreach=True)],
