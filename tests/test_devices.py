@@ -127,7 +127,8 @@ def test_operations_and_generators_of_two_devices_are_noticed(gpu):
     for wrong in (
             lambda: x @ torch.zeros(3, 1), lambda: F.embedding(torch.tensor([0]), x), lambda: x + torch.zeros(3),
             lambda: torch.zeros(2).mul_(x[0, 0]), lambda: torch.zeros(3)[torch.zeros(2, dtype=torch.long, device=gpu)],
-            lambda: x.__setitem__(torch.tensor([0]), torch.zeros(3)), lambda: x.normal_(generator=torch.Generator()), lambda: torch.rand(3, generator=torch.Generator(gpu))):
+            lambda: x.__setitem__(torch.tensor([0]), torch.zeros(3)), lambda: x.normal_(generator=torch.Generator()),
+            lambda: torch.rand(3, generator=torch.Generator(gpu))):
         with pytest.raises(DeviceError):
             wrong()
     x.normal_(generator=torch.Generator(gpu).manual_seed(3))
