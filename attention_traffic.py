@@ -127,6 +127,7 @@ def _demo(lengths: list[int], n_heads: int, d_head: int, dtype: str, device: str
                          f"got {min(lengths)}, {n_heads} and {d_head}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device: leave it out to run on the CPU")
+    tile = (tile_size(192 * 1024, d_head),) * 2  # an A100's fast memory, per processor
     figure = new_figure(plot, 10, 4)
     lengths, generator = sorted(lengths), torch.Generator().manual_seed(0)
     row = torch.randn(1000, generator=generator)
@@ -134,7 +135,6 @@ def _demo(lengths: list[int], n_heads: int, d_head: int, dtype: str, device: str
           f"{(online_softmax(row, 7) - row.softmax(0)).abs().max():.0e} (expected below 1e-7)")
 
     T, traffic = min(1024, lengths[-1]), []
-    tile = (tile_size(192 * 1024, d_head),) * 2  # an A100's fast memory, per processor
     tiled_forward(*torch.randn(3, 1, 1, T, d_head, generator=generator), Options(), tile, traffic)
     expected = tiled_traffic(T, T, d_head, tile)
     print(f"192 KiB of fast memory hold tiles of {tile[0]} rows; at T = {T} one causal head moves {sum(traffic):,} "

@@ -113,11 +113,6 @@ def bytes_needed(N: int, sizes: Grid, of_experts: int = 0) -> float:
 
 # --- 2. the model ---------------------------------------------------------------------------------------
 
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """For sums of squares: float64, or what a Mac's GPU has instead."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 @dataclass
 class _Place:
     """Where a local parameter lies in the whole one, and on how many processes of the model's it is."""
@@ -312,6 +307,7 @@ class ParallelModel:
         """Scale the gradient to a norm of at most this; returns the norm before, the same on every process."""
         if self.sizes.plain:
             return nn.utils.clip_grad_norm_(self.masters.values(), most).item()
+        from zero import exact_dtype
         grads = self._gradients()
         device = next((grad.device for grad in grads.values() if grad is not None), torch.device("cpu"))
         total = torch.zeros((), dtype=exact_dtype(device), device=device)

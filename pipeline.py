@@ -409,8 +409,10 @@ def main(options: argparse.Namespace) -> None:
     import pipeline_schedules as schedules
 
     if options.simulate:
-        print(schedules.simulate(options.ranks))
+        print(schedules.simulate(4096 if options.ranks is None else options.ranks))
         return
+    if options.ranks is not None:
+        raise ValueError("--ranks means nothing without --simulate")
     P, M, v = options.stages, options.microbatches, options.chunks
     if not (1 <= P <= 16 and 1 <= M <= 64 and 1 <= v <= 4 and 0 <= options.seed < 2**32):
         raise ValueError("--stages must be in 1 .. 16, --microbatches in 1 .. 64, --chunks in 1 .. 4 and --seed in "
@@ -438,7 +440,7 @@ if __name__ == "__main__":
     parser.add_argument("--plot", metavar="FILE.png", help="draw the measured timeline (needs matplotlib)")
     parser.add_argument("--simulate", action="store_true",
                         help="run nothing: predict a 175B model on --ranks GPUs")
-    parser.add_argument("--ranks", type=int, default=4096, help="GPUs to simulate (default %(default)s)")
+    parser.add_argument("--ranks", type=int, help="GPUs to simulate (default 4096)")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and data (default %(default)s)")
     try:
         main(parser.parse_args())

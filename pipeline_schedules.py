@@ -356,8 +356,10 @@ def simulate(ranks: int, work: Workload = Workload(), cluster: Cluster = Cluster
 
 def main(options: argparse.Namespace) -> None:
     if options.simulate:
-        print(simulate(options.ranks))
+        print(simulate(4096 if options.ranks is None else options.ranks))
         return
+    if options.ranks is not None:
+        raise ValueError("--ranks means nothing without --simulate")
     new_figure(options.plot, 1, 1)  # what cannot be drawn is known before the work
     worst, timelines = 0.0, {}
     for name in SCHEDULES:
@@ -386,7 +388,7 @@ if __name__ == "__main__":
     parser.add_argument("--stages", type=int, default=4, help="P, ranks of the pipeline (default %(default)s)")
     parser.add_argument("--microbatches", type=int, default=8, help="M, of a step (default %(default)s)")
     parser.add_argument("--simulate", action="store_true", help="predict a 175B model on --ranks GPUs instead")
-    parser.add_argument("--ranks", type=int, default=4096, help="GPUs to simulate (default %(default)s)")
+    parser.add_argument("--ranks", type=int, help="GPUs to simulate (default 4096)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw all timelines (needs matplotlib)")
     try:
         main(parser.parse_args())

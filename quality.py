@@ -329,6 +329,8 @@ def clean(page: str, bad_words: BadWords | None = None, gopher: bool = True) -> 
 # --- 5. demo ----------------------------------------------------------------------------------
 
 def main(data: str | None, bad_words: str | None, examples: int) -> None:
+    if examples < 0:
+        raise ValueError(f"--examples must be at least 0, got {examples}")
     from data import default_documents, read_documents
     pages = default_documents() if data is None else list(read_documents(data))
     bad = BadWords.from_file(bad_words) if bad_words else None

@@ -18,7 +18,6 @@ import alignment
 import decode
 import flash_attn
 import gathering
-import layout
 import moe
 import processes
 import speculative
@@ -189,9 +188,8 @@ def test_a_model_in_parts_is_drawn_by_a_generator_of_the_cpu(gpu):
 @pytest.fixture
 def mac(gpu, monkeypatch):
     monkeypatch.setattr(OneDevice, "is_mac", True)
-    for module in (layout, zero):
-        assert module.exact_dtype(torch.device("mps")) == torch.float32
-        monkeypatch.setattr(module, "exact_dtype", lambda device: torch.float32)
+    assert zero.exact_dtype(torch.device("mps")) == torch.float32
+    monkeypatch.setattr(zero, "exact_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture

@@ -456,7 +456,8 @@ def test_simulation_prints_the_best_layout_first():
 
 
 @pytest.mark.parametrize("flags, message", ((["--stages", "0"], "--stages"), (["--schedule", "zbv"], "zbv"), (["--chunks", "2"], "interleaved"),
-                                            (["--simulate", "--ranks", "7"], "no layout of 7")))
+                                            (["--simulate", "--ranks", "7"], "no layout of 7"),
+                                            (["--ranks", "8"], "--ranks means nothing without --simulate")))
 def test_bad_flags_are_one_line(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pipeline.py", *flags])
     with pytest.raises(SystemExit) as stop:

@@ -165,6 +165,7 @@ def test_program_reaches_its_verdict_and_every_flag_changes_something(tmp_path, 
     assert code == 0 and first.endswith("cleaned again, 23 of 23 kept pages stay as they are (expected all)\n")
     for more in (["--bad_words", f"{tmp_path}/bad.txt"], ["--examples", "0"], ["--data", f"{tmp_path}/more.jsonl"]):
         assert run(monkeypatch, capsys, *common, *more)[0] != first
-    for wrong, message in ((["--data", "none.txt"], "no such file"), (["--bad_words", "none"], "cannot be read"), (["-x"], "unrecognized")):
+    for wrong, message in ((["--data", "none.txt"], "no such file"), (["--bad_words", "none"], "cannot be read"), (["-x"], "unrecognized"),
+                           (["--examples", "-1"], "--examples must be at least 0, got -1")):
         _, error, code = run(monkeypatch, capsys, *common, *wrong)
         assert code == 2 and error.startswith("quality.py: ") and error.count("\n") == 1 and message in error
