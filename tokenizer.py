@@ -253,7 +253,7 @@ def save(encoding: tiktoken.Encoding, path: str | os.PathLike) -> None:
     data = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
     sidecar = {"name": encoding.name, "pattern": encoding._pat_str,
                "special_tokens": encoding._special_tokens, "sha256": hashlib.sha256(data).hexdigest()}
-    beside = [Path(f"{path}{end}.{os.getpid()}.tmp") for end in (".json", "")]
+    beside = [Path(f"{path}{end}.{os.getpid()}.{threading.get_ident()}.tmp") for end in (".json", "")]
     try:
         beside[0].write_text(json.dumps(sidecar, indent=1))
         beside[1].write_bytes(data)
