@@ -156,13 +156,13 @@ class _Tile:
 class _Tiling:
     """How one attention is cut, and the logits of each tile; the same in forward and backward."""
 
-    def __init__(self, q: Tensor, k: Tensor, options: Options, tile: tuple[int, int] | None):
+    def __init__(self, q: Tensor, k: Tensor, options: Options, tile: tuple[int, int] | None, exact: bool = False):
         (B, H, T, Dh), (_, Hkv, S, _) = q.shape, k.shape
         self.shape, self.device = (B, H, Hkv, H // Hkv, T, S), q.device
         # Statistics and sums in fp32 (or finer). Tensor cores and AMX multiply fp16 and bf16 into fp32 themselves;
         # where nothing does, a tile is converted to fp32 before it is multiplied.
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.products = q.dtype if _multiplies(q.device.type, q.dtype) else self.dtype
+        self.products = q.dtype if _multiplies(q.device.type, q.dtype) and not exact else self.dtype
         self.options, self.scale = options, Dh ** -0.5 if options.scale is None else options.scale
         # The queries of a group share their keys: they are rows of one product, and no key is copied.
         self.Br, self.Bc = tile or (max(16, 256 // (H // Hkv)), 512)  # 256 x 512 logits: fastest on a CPU
@@ -286,13 +286,15 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
 
 
 def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
-                   grad_lse: Tensor | None = None, tile: tuple[int, int] | None = None
+                   grad_lse: Tensor | None = None, tile: tuple[int, int] | None = None, exact: bool = False
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the bias. The tiles are computed again: p = e^(s - lse) needs no second pass.
 
     out and lse may be those of attention to more keys than k: then these are the gradients through k's share.
+    ``exact``: logits are never rounded to bf16 or fp16, as they are not behind an lse of other code than tiled_forward;
+    s - lse, the small difference of large numbers, has to be of one rounding.
     """
-    cut = _Tiling(q, k, options, tile)
+    cut = _Tiling(q, k, options, tile, exact)
     *_, G, T, S = cut.shape
     dq, bias = torch.empty_like(q), options.bias
     dk, dv = (torch.zeros(k.shape, dtype=cut.dtype, device=k.device) for _ in range(2))
@@ -430,7 +432,7 @@ class _FlashAttention(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         with torch.autocast(q.device.type, enabled=False):
             if ctx.name == "tiled" or grad_lse is not None:  # torch's kernels have no gradient of lse
-                grads = tiled_backward(grad_out, q, k, v, out, lse, ctx.options, grad_lse)
+                grads = tiled_backward(grad_out, q, k, v, out, lse, ctx.options, grad_lse, exact=ctx.name != "tiled")
             else:
                 from attention_kernels import kernel_backward
                 o = ctx.options
