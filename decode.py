@@ -22,7 +22,7 @@ import functools
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 Prompts = Sequence[Sequence[int]] | Tensor  # B rows of token ids of any lengths, none empty; or (B, T)
 
@@ -148,7 +147,7 @@ class Sampling:
     def draw(self, logits: Tensor, tokens: Prompts, generator: torch.Generator | None) -> Tensor:
         """One token per row: logits (B, V) -> (B,)."""
         if self.temperature == 0 and self.repetition_penalty is None:
-            return logits.argmax(-1)
+            return logits.max(-1).indices  # argmax, which takes four times as long for bf16
         return torch.multinomial(self.probabilities(logits, tokens), 1, generator=generator)[:, 0]
 
 
@@ -193,102 +192,24 @@ def naive_generate(model: nn.Module, prompts: Prompts, max_new_tokens: int, *, s
 
 # --- 4. the same, fast: batches, a cache, and only the arithmetic that is needed -------------
 
-class FastLinear(TorchFunctionMode):
-    """Inside, and in this thread only, every F.linear of a model on a CPU (its tied head's too) takes the
-    matrix product that measured fastest for its rows: input (..., in) -> (..., out)."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return (self.linear if function is F.linear else function)(*args, **(kwargs or {}))
-
-    @staticmethod
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, row: Callable | None = None) -> Tensor:
-        """``row``: row_product(weight, bias), from a caller that keeps it; None: it is made anew for one row."""
-        rows = input.shape[:-1].numel()
-        if rows == 1:
-            row = row or row_product(weight, bias)
-            return row(input.reshape(1, -1)).view(*input.shape[:-1], -1)
-        if weight.dtype == torch.float32 and 1 < rows <= 8 and weight.is_contiguous():
-            x = input.reshape(rows, -1).t()  # (in, rows): W x^T takes down to a third of x W^T's time on two cores
-            y = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (out, rows)
-            return y.t().reshape(*input.shape[:-1], -1)
-        if weight.dtype == torch.bfloat16 and rows > 8 and "AVX512" not in torch.backends.cpu.get_cpu_capability():
-            # Without bf16 instructions one fp32 copy of W costs less than its conversion for every row: 2 to 8 times.
-            bias = None if bias is None else bias.float()
-            return F.linear(input.float(), weight.float(), bias).to(input.dtype)
-        return F.linear(input, weight, bias)
-
-
-def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A function from one row x (1, in) to x W^T + b (1, out), the fastest for this weight (out, in)."""
-    # Below 1 MB another core brings less than it costs to wake it.
-    is_cut = weight.dtype == torch.float32 and weight.numel() >= 2**18 and torch.get_num_threads() > 1
-    return row_in_parts(weight, bias) if is_cut else lambda x: F.linear(x, weight, bias)
-
-
-def row_in_parts(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """``row_product`` in as many parts at once as torch has threads: torch leaves a product of one row to one core,
-    which cannot read W as fast as memory gives it. Beside other work on all cores each part waits for the slowest;
-    there OMP_NUM_THREADS=1 is faster."""
-    P, (out, width) = torch.get_num_threads(), weight.shape
-    if weight.is_contiguous():  # each part makes some of the outputs
-        n = out // P
-        parts, rest = weight[:P * n].view(P, n, width).mT, weight[P * n:]  # (P, in, n)
-
-        def product(x: Tensor) -> Tensor:
-            y = torch.bmm(x.expand(P, 1, width), parts).view(1, P * n)
-            y = y if P * n == out else torch.cat((y, F.linear(x, rest)), 1)  # (1, out)
-            return y if bias is None else y + bias
-    elif weight.mT.is_contiguous():  # each takes some of the inputs
-        n, columns = width // P, weight.mT
-        parts, rest = columns[:P * n].view(P, n, out), columns[P * n:]
-
-        def product(x: Tensor) -> Tensor:
-            terms = torch.bmm(x[:, :P * n].view(P, 1, n), parts).unbind()  # P of (1, out)
-            y = functools.reduce(torch.add, terms if bias is None else (bias, *terms))
-            return y if P * n == width else y + x[:, P * n:] @ rest
-    else:
-        def product(x: Tensor) -> Tensor:
-            return F.linear(x, weight, bias)
-    return product
-
-
-@contextlib.contextmanager
-def fast_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, a model's linear layers on a CPU, and its experts at one token, multiply by ``FastLinear.linear``; the
-    weights must stay where they are. FastLinear itself looks at every function of torch that is called, which takes
-    longer than it saves where all products are of one row."""
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
-    experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE
-    for m in layers:
-        row = row_product(m.weight, m.bias)
-        m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias, row=row)
-    for m in experts:
-        m.linear = FastLinear.linear
+@functools.cache
+def _few_rows():
+    """few_rows.py, which has faster products for a CPU; None where it is not beside this file."""
     try:
-        yield
-    finally:
-        for m in layers:
-            m.__dict__.pop("forward", None)  # another thread, with the same model, may have been here
-        for m in experts:
-            m.linear = F.linear
-
-
-def one_row_layout(model: nn.Module) -> None:
-    """Make decoding one row on a CPU in fp32 faster: a row times a matrix (out, in) with out > in reads a column
-    at a time 1.3 to 1.8 times as fast, so store these by columns, in place, experts' too; the values stay."""
-    for p in model.parameters():
-        if p.dim() >= 2 and p.size(-2) > p.size(-1) and p.dtype == torch.float32 and p.device.type == "cpu":
-            p.data = p.data.mT.contiguous().mT
+        import few_rows
+    except ModuleNotFoundError:
+        return None
+    return few_rows
 
 
 def next_logits(model: nn.Module, tokens: Tensor, cache, last: int = 1) -> Tensor:
     """model(tokens, cache)[:, -last:], (B, T) -> (B, last, V), without the head's work on other positions."""
-    start, on_cpu = cache.begin(tokens.size(1)), tokens.device.type == "cpu"
-    with FastLinear() if on_cpu and tokens.numel() > 1 else contextlib.nullcontext():
+    start, fast = cache.begin(tokens.size(1)), _few_rows() if tokens.device.type == "cpu" else None
+    with fast.FastLinear() if fast and tokens.numel() > 1 else contextlib.nullcontext():
         x = model.embed(tokens, start)  # (B, T, D)
         for block, layer_cache in zip(model.blocks, cache.layers):
             x = block(x, start, layer_cache)
-    with FastLinear() if on_cpu else contextlib.nullcontext():
+    with fast.FastLinear() if fast else contextlib.nullcontext():
         return model.head(x[:, -last:])
 
 
@@ -303,7 +224,8 @@ def _steps(model: nn.Module, prompts: list[list[int]], limits: list[int], stop_t
     longest = max(map(len, texts))
     padding = [longest - len(text) for text in texts]
     tokens = torch.tensor([[0] * n + text for n, text in zip(padding, texts)], device=device)  # (B, T)
-    with evaluating(model), fast_layers(model):
+    fast = _few_rows()
+    with evaluating(model), fast.fast_layers(model) if fast else contextlib.nullcontext():
         cache = model.new_cache(len(rows), longest + max(limits))
         if any(padding):
             cache.padding = torch.tensor(padding, device=device)
@@ -449,7 +371,8 @@ def load_model(directory: str | Path, device: str = "cpu"):
         raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab} ids, the model "
                          f"{model.config.vocab_size}: it is not the one that the model was trained with")
     model = model.to(device).eval()
-    one_row_layout(model)
+    if fast := _few_rows():
+        fast.one_row_layout(model)
     return model, encoding
 
 

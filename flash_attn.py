@@ -164,8 +164,14 @@ class _Tiling:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.products = q.dtype if _multiplies(q.device.type, q.dtype) and not exact else self.dtype
         self.options, self.scale = options, Dh ** -0.5 if options.scale is None else options.scale
-        # The queries of a group share their keys: they are rows of one product, and no key is copied.
-        self.Br, self.Bc = tile or (max(16, 256 // (H // Hkv)), 512)  # 256 x 512 logits: fastest on a CPU
+        # Logits are ``unit`` times what ``logits`` returns. Where they are rounded, the product scales them before, and
+        # to base 2 if nothing is added to them: e^logit = 2^returned, one pass less.
+        is_base_2 = self.products != self.dtype and options.bias is None and not options.soft_cap
+        self.unit = math.log(2) if is_base_2 else 1.0
+        # The queries of a group share their keys: they are rows of one product, and no key is copied. Fastest on a CPU:
+        # 256 x 512 logits, and 512 x 512 where products are that much faster than what follows them.
+        rows = 256 if self.products == self.dtype else 512
+        self.Br, self.Bc = tile or (max(16, rows // (H // Hkv)), 512)
 
     def tiles(self) -> Iterator[_Tile]:
         """All query tiles. So many heads at once that their logits, at most 4 MB, stay in cache."""
@@ -200,25 +206,24 @@ class _Tiling:
     def scaled_queries(self, q: Tensor, at: _Tile) -> Tensor:
         """(B, H, T, Dh) -> (n, G rows, Dh), scaled if products are as fine as sums."""
         q = self.query_rows(q, at)
-        return q.to(self.products) * self.scale if self.products == self.dtype else q
+        return q.to(self.products) * self.scale if self.products == self.dtype else q.contiguous()
 
     def keys(self, x: Tensor, at: _Tile, columns: range) -> Tensor:
         """(B, Hkv, S, Dh) -> (n, columns, Dh) in the type of products."""
-        return x[at.b, at.h, columns.start:columns.stop].flatten(0, 1).to(self.products)
+        x = x[at.b, at.h, columns.start:columns.stop].flatten(0, 1).to(self.products)
+        return x if self.products == self.dtype else x.contiguous()  # oneDNN would copy it anew for every product
 
-    def logits(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: Tensor
+    def logits(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space
                ) -> tuple[Tensor | None, Tensor | None]:
-        """q (n, G rows, Dh), k (n, columns, Dh) -> logits (n, G rows, columns) in ``space``, None if nobody sees
-        anything; and the slope of their soft cap, None without one."""
+        """q (n, G rows, Dh), k (n, columns, Dh) -> logits / unit (n, G rows, columns) in ``space``, None if nobody
+        sees anything; and the slope of their soft cap, None without one."""
         *_, G, T, S = self.shape
         o, slope, mask = self.options, None, visible(self.options, T, S, at.rows, columns, self.device)
         if o.ids is not None:
             mask = mask[at.b]
             if not mask.any():  # another document
                 return None, None
-        s = _product(q, k.mT, space)
-        if self.products != self.dtype:  # else q was scaled
-            s.mul_(self.scale)
+        s = space.product(q, k.mT, 0, 1.0 if self.products == self.dtype else self.scale / self.unit)  # 1: q was scaled
         if o.soft_cap:
             bent = torch.tanh(s / o.soft_cap)
             s, slope = bent * o.soft_cap, 1 - bent.square()
@@ -257,7 +262,7 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
     for at in cut.tiles():
         q_i = cut.scaled_queries(q, at)  # (n, G rows, Dh)
         n, R, Dh = q_i.shape
-        space = q.new_empty(n * R * min(cut.Bc, S), dtype=cut.dtype) if space is None else space
+        space = _Space(1, n * R * min(cut.Bc, S), cut, q.device) if space is None else space
         o = q.new_zeros(n, R, Dh, dtype=cut.dtype)
         l = q.new_zeros(n, R, 1, dtype=cut.dtype)
         # Not -inf: a row that sees nothing must not compute inf - inf.
@@ -269,17 +274,17 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
                 continue
             traffic.append(2 * len(columns) * n * Dh * k.element_size())
             larger = torch.maximum(m, s.amax(-1, keepdim=True))
-            p = _exp_(s.sub_(larger))
-            shrink = torch.exp(m - larger)
+            p = _exp_(s.sub_(larger), cut.unit)
+            shrink = torch.exp((m - larger) * cut.unit)
             l.mul_(shrink).add_(p.sum(-1, keepdim=True))
             if options.dropout:
                 p.mul_(cut.dropout(at, columns))
-            _add_product(o.mul_(shrink), p, v_j)
+            _add_product(o.mul_(shrink), space.rounded(p), v_j)
             m = larger
         nothing = l == 0
         target = cut.queries(out, at)  # (b, h, G, rows, Dh)
         target.copy_((o / l.masked_fill(nothing, 1)).view(target.shape))
-        lse_i = (m + torch.log(l)).masked_fill_(nothing, -math.inf)  # (n, G rows, 1)
+        lse_i = (m * cut.unit + torch.log(l)).masked_fill_(nothing, -math.inf)  # (n, G rows, 1)
         cut.queries(lse, at).copy_(lse_i.view(target.shape[:-1]))
         traffic.append(n * R * (2 * Dh * q.element_size() + lse.element_size()))
     return out, lse
@@ -303,32 +308,33 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     for at in cut.tiles():
         q_i = cut.scaled_queries(q, at)  # (n, G rows, Dh)
         n, R, Dh = q_i.shape
-        space = q.new_empty(2, n * R * min(cut.Bc, S), dtype=cut.dtype) if space is None else space
+        space = _Space(2, n * R * min(cut.Bc, S), cut, q.device) if space is None else space
         do_i, out_i = (cut.query_rows(x, at) for x in (grad_out, out))
         delta = (do_i.to(cut.dtype) * out_i).sum(-1, keepdim=True)  # (n, G rows, 1)
         if grad_lse is not None:  # d lse_i / d s_ij = p_ij
             delta -= cut.query_rows(grad_lse, at)[..., None]
         lse_i = cut.query_rows(lse, at)[..., None]  # (n, G rows, 1)
-        lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf)  # p = 0 in rows that see nothing
-        do_i, dq_i = do_i.to(cut.products), torch.zeros(q_i.shape, dtype=cut.dtype, device=q.device)
+        lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf) / cut.unit  # p = 0 in rows that see nothing
+        do_i, dq_i = do_i.to(cut.products).contiguous(), torch.zeros(q_i.shape, dtype=cut.dtype, device=q.device)
         for columns in cut.columns(at.rows):
             k_j, v_j = (cut.keys(x, at, columns) for x in (k, v))  # (n, columns, Dh)
-            s, slope = cut.logits(q_i, k_j, at, columns, space[0])  # (n, G rows, columns)
+            s, slope = cut.logits(q_i, k_j, at, columns, space)  # (n, G rows, columns)
             if s is None:
                 continue
-            p = _exp_(s.sub_(lse_i))
-            dp = _product(do_i, v_j.mT, space[1])  # (n, G rows, columns)
+            p = _exp_(s.sub_(lse_i), cut.unit)
+            dp = space.product(do_i, v_j.mT, 1)  # (n, G rows, columns)
             kept = p
             if options.dropout:
                 factor = cut.dropout(at, columns)
                 dp, kept = dp.mul_(factor), p * factor
-            _add_product(dv[at.b, at.h, columns.start:columns.stop].view(v_j.shape), kept.mT, do_i)
+            _add_product(dv[at.b, at.h, columns.start:columns.stop].view(v_j.shape), space.rounded(kept).mT, do_i)
             ds = dp.sub_(delta).mul_(p)
             if dbias is not None:
                 part = cut.bias_of(dbias, at, columns)  # (b | 1, h | 1, G | 1, rows | 1, columns | 1)
                 part += ds.view(-1, at.h.stop - at.h.start, G, len(at.rows), len(columns)).sum_to_size(part.shape)
             if slope is not None:
                 ds.mul_(slope)
+            ds = space.rounded(ds)
             _add_product(dq_i, ds, k_j)
             _add_product(dk[at.b, at.h, columns.start:columns.stop].view(k_j.shape), ds.mT, q_i)
         target = cut.queries(dq, at)  # (b, h, G, rows, Dh)
@@ -340,25 +346,39 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
 
 
-def _exp_(x: Tensor) -> Tensor:
-    """e^x in place, by 2^x: on a CPU that takes two thirds of the time."""
-    return x.mul_(1 / math.log(2)).exp2_()
+class _Space:
+    """Memory for the (n, R, C) matrices of a tile, used again by the next one: fresh pages would cost time."""
+
+    def __init__(self, count: int, size: int, cut: _Tiling, device: torch.device):
+        self.matrices = torch.empty(count, size, dtype=cut.dtype, device=device)
+        self.is_mixed = cut.products != cut.dtype  # products are rounded, all else is not
+        self.low = torch.empty(size if self.is_mixed else 0, dtype=cut.products, device=device)
+
+    def product(self, a: Tensor, b: Tensor, number: int, scale: float = 1.0) -> Tensor:
+        """scale times a (n, R, K) b (n, K, C) -> (n, R, C) in the type of sums, in the matrix of this number."""
+        n, R, C = a.size(0), a.size(1), b.size(2)
+        out = self.matrices[number, :n * R * C].view(n, R, C)
+        if not self.is_mixed:
+            return torch.bmm(a, b, out=out)
+        low = self.low[:out.numel()].view(n, R, C)
+        return out.copy_(torch.baddbmm(low, a, b, beta=0, alpha=scale, out=low))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x (n, R, C) in the type of products; good until the next product or rounding."""
+        return self.low[:x.numel()].view(x.shape).copy_(x) if self.is_mixed else x
 
 
-def _product(a: Tensor, b: Tensor, space: Tensor) -> Tensor:
-    """a b in the type of ``space`` and, if they have it too, in its memory: fresh pages would cost time."""
-    n, R, C = a.size(0), a.size(1), b.size(2)
-    if a.dtype == space.dtype:
-        return torch.bmm(a, b, out=space[:n * R * C].view(n, R, C))
-    return torch.bmm(a, b).to(space.dtype)
+def _exp_(x: Tensor, unit: float) -> Tensor:
+    """e^(unit x) in place, by 2^x: on a CPU that takes two thirds of the time."""
+    return (x if unit == math.log(2) else x.mul_(unit / math.log(2))).exp2_()
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """sums += a b, multiplied in b's type."""
+    """sums += a b, which are of one type."""
     if b.dtype == sums.dtype:
         sums.baddbmm_(a, b)
     else:
-        sums.add_(torch.bmm(a.to(b.dtype), b))
+        sums.add_(torch.bmm(a, b))
 
 
 # --- 4. what models call --------------------------------------------------------------------

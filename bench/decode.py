@@ -1,6 +1,7 @@
 """Greedy decoding at the size of GPT-2 small, ours against transformers' generate, on the same random weights.
 
-    python bench/decode.py                  CPU, batch 1 and 8: fp32 against fp32, and our bf16 against their fp32
+    python bench/decode.py                  CPU, batch 1 and 8: fp32 against fp32, and our bf16 against their fp32;
+                                            "packed" is inside few_rows.packed_weights
     python bench/decode.py --device cuda    each data type against the same
 
 Claims on a CPU: tokens/s at least 1.2 times theirs in fp32 at batch 1 and 8, 1.75 times in bf16 at batch 1.
@@ -8,6 +9,8 @@ Runs are interleaved and their medians compared: other load on the machine meets
 """
 
 import argparse
+import contextlib
+import copy
 import platform
 import statistics
 import sys
@@ -26,7 +29,8 @@ except ImportError as error:
     print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-from decode import generate, one_row_layout
+from decode import generate
+from few_rows import one_row_layout, packed_weights
 from gpt import GPT, GPTConfig
 
 
@@ -54,6 +58,9 @@ def main(device: str, batches: list[int], new_tokens: int, repeats: int, threads
     def our_tokens(prompts: torch.Tensor, dtype: torch.dtype) -> list[list[int]]:
         return generate(ours[dtype], prompts, new_tokens, temperature=0)
 
+    def packed_tokens(prompts: torch.Tensor, dtype: torch.dtype) -> list[list[int]]:
+        return generate(packed[dtype], prompts, new_tokens, temperature=0)
+
     def their_tokens(prompts: torch.Tensor, dtype: torch.dtype) -> list[list[int]]:
         out = theirs[dtype].generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, use_cache=True,
                                      max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0)
@@ -68,19 +75,26 @@ def main(device: str, batches: list[int], new_tokens: int, repeats: int, threads
                 p.data = p.data.contiguous()
         runs = {("theirs", dtype): (their_tokens, dtype) for dtype in theirs}
         runs |= {("ours", dtype): (our_tokens, dtype) for dtype in ours}
+        packed = {}
+        if device == "cpu":  # one row in fp32 is not packed
+            packed = {dtype: copy.deepcopy(model) for dtype, model in ours.items() if B > 1 or dtype != torch.float32}
+        runs |= {("packed", dtype): (packed_tokens, dtype) for dtype in packed}
         seconds, tokens = {name: [] for name in runs}, {}
-        for repeat in range(repeats + 1):
-            for name, (run, dtype) in runs.items():
-                start = time.perf_counter()
-                tokens[name] = run(prompts, dtype)  # ends in a list: the device has finished
-                if repeat:  # the first is for warming up
-                    seconds[name].append(time.perf_counter() - start)
+        with contextlib.ExitStack() as stack:
+            for model in packed.values():
+                stack.enter_context(packed_weights(model, B))
+            for repeat in range(repeats + 1):
+                for name, (run, dtype) in runs.items():
+                    start = time.perf_counter()
+                    tokens[name] = run(prompts, dtype)  # ends in a list: the device has finished
+                    if repeat:  # the first is for warming up
+                        seconds[name].append(time.perf_counter() - start)
         same = tokens["ours", torch.float32] == tokens["theirs", torch.float32]
         print(f"batch {B}, 32 + {new_tokens} tokens, {repeats} repeats; the same tokens in fp32: {same}")
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         for (who, dtype), median in medians.items():
             line = f"  {who:6} {str(dtype)[6:]:8} {B * new_tokens / median:9.1f} tokens/s"
-            if who == "ours":
+            if who != "theirs":
                 peer = dtype if dtype in theirs else torch.float32
                 best = min(seconds["theirs", peer]) / min(seconds[who, dtype])
                 line += (f"   {medians['theirs', peer] / median:.2f} x theirs in {str(peer)[6:]}"

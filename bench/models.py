@@ -38,7 +38,8 @@ except ImportError as error:
     print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-from decode import generate, one_row_layout
+from decode import generate
+from few_rows import one_row_layout, packed_weights
 from processes import keep_freed_memory
 
 
@@ -209,11 +210,14 @@ def compare_decoding(case: Case, new_tokens: int, rounds: int) -> None:
 
     runs = {"ours fp32": our_run("ours fp32", ours), "theirs fp32": their_run("theirs fp32", theirs),
             "ours bf16": our_run("ours bf16", halves[0]), "theirs bf16": their_run("theirs bf16", halves[1])}
-    medians = interleaved(runs, rounds, device)
+    packed = copy.deepcopy(halves[0])
+    with packed_weights(packed, 1):
+        medians = interleaved(runs | {"ours bf16, packed": our_run("ours bf16, packed", packed)}, rounds, device)
     floor = interleaved({"floor": floor_of(ours)}, 5 * rounds, device)["floor"]
     same = tokens["ours fp32"] == tokens["theirs fp32"]
     print(f"  greedy decoding, batch 1, 32 + {new_tokens} tokens; the same tokens in fp32: {same}")
-    for mine, peer in (("ours fp32", "theirs fp32"), ("ours bf16", "theirs bf16"), ("ours bf16", "theirs fp32")):
+    for mine, peer in (("ours fp32", "theirs fp32"), ("ours bf16", "theirs bf16"), ("ours bf16, packed", "theirs bf16"),
+                       ("ours bf16", "theirs fp32"), ("ours bf16, packed", "theirs fp32")):
         print(f"    {mine} {new_tokens / medians[mine]:7.1f} tokens/s, {peer} {new_tokens / medians[peer]:7.1f}; "
               f"ratio {medians[peer] / medians[mine]:.2f} (claim >= 2)")
     per_token = medians["theirs fp32"] / new_tokens

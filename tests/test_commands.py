@@ -36,6 +36,9 @@ COMMANDS = {
     "python data.py --data 'my/**/*.txt'": ("python data.py --data {tmp}/my/**/*.txt --context 16",
                                              "seen exactly once: True .expected True"),
     "python decode.py": ("python decode.py --max_new_tokens 8", "True"),
+    "python few_rows.py": ("python few_rows.py --d_model 128 --megabytes 2 --repeats 1", r"max \|fast - x W\^T\| = \d\.\de-\d+: OK"),
+    "python few_rows.py --dtype bfloat16 --d_model 1024": (
+        "python few_rows.py --dtype bfloat16 --d_model 128 --megabytes 2 --repeats 1", r"max \|fast - x W\^T\| = \d\.\de-\d+: OK"),
     "python speculative.py": ("python speculative.py --max_new_tokens 8 --draws 2000", "distribution kept: True; .*: True; .*: True"),
     'python decode.py --checkpoint out/pretrain --prompt "The function"': (
         'python decode.py --checkpoint {tmp}/run --prompt "The" --max_new_tokens 5', "The"),

@@ -5,7 +5,6 @@ import itertools
 import runpy
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -242,82 +241,6 @@ def test_next_logits_match_the_plain_model(dtype, tolerance, B):
         expected, cache = model(tokens), model.new_cache(B, 15)
         got = [next_logits(model, tokens[:, :13], cache, 2)[:, -1:], next_logits(model, tokens[:, 13:], cache, 2)]
     torch.testing.assert_close(torch.cat(got, 1), expected[:, 12:], atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 0), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-def test_fast_linear_matches_torch_at_every_number_of_rows(dtype, tolerance, capability, monkeypatch):
-    # Sums of 24 products of order one, in another order: a few roundings of each format.
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    weight, bias = torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
-    for shape in ((24,), (0, 24), (1, 1, 24), (2, 3, 24), (8, 24), (9, 24), (33, 24)):
-        x = torch.randn(shape).to(dtype)
-        for arguments in ((x, weight), (x, weight, bias)):
-            expected = torch.nn.functional.linear(*arguments)
-            with decode.FastLinear():
-                got = torch.nn.functional.linear(*arguments)
-            assert got.dtype == dtype
-            torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
-
-
-def test_decoding_leaves_linear_alone_for_everyone_else(monkeypatch):
-    """Another library's replacement of F.linear survives, and another thread never meets ours."""
-    original, seen = torch.nn.functional.linear, []
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: original(*args))
-    replaced, fast = torch.nn.functional.linear, decode.FastLinear.linear
-    generate(tiny().float(), [[1, 2]], 3)
-    assert torch.nn.functional.linear is replaced
-    monkeypatch.undo()
-    monkeypatch.setattr(decode.FastLinear, "linear",
-                        staticmethod(lambda *args: seen.append(threading.get_ident()) or fast(*args)))
-    with decode.FastLinear():
-        other = threading.Thread(target=lambda: original(torch.ones(2, 3), torch.ones(4, 3)))
-        other.start()
-        other.join()
-        assert not seen
-        original(torch.ones(2, 3), torch.ones(4, 3))
-    assert seen == [threading.get_ident()]
-
-
-@pytest.fixture
-def threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("P", [1, 2, 3])
-@pytest.mark.parametrize("out, width", [(7, 5), (12, 6), (1, 9), (9, 1), (50, 33)])
-def test_a_row_in_parts_matches_torch(P, out, width, threads):
-    threads(P)
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, width, dtype=torch.float64, generator=generator) for n in (1, out))
-    bias = torch.randn(out, dtype=torch.float64, generator=generator)
-    for layout in (weight, weight.t().contiguous().t(), weight.repeat(2, 2)[::2, :width]):
-        for b in (None, bias):
-            expected = torch.nn.functional.linear(x, layout, b)
-            torch.testing.assert_close(decode.row_in_parts(layout, b)(x), expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("columns", [False, True])
-def test_generation_on_several_cores_matches_one(columns, threads):
-    # 512 x 512 is the least matrix that is cut
-    model, took = GPT(GPTConfig(1001, 32, 1, 2, 512), generator=torch.Generator().manual_seed(0)).eval(), []
-    if columns:
-        decode.one_row_layout(model)
-    for P in (1, 2):
-        threads(P)
-        took.append(generate(model, [[1, 2, 3]], 8, temperature=0))
-    assert took[0] == took[1]
-    assert not any("forward" in module.__dict__ for module in model.modules())  # as it was
-
-
-def test_one_row_layout_keeps_the_values():
-    model, tokens = tiny().float(), torch.randint(11, (1, 8))
-    before, state = model(tokens), {name: p.clone() for name, p in model.state_dict().items()}
-    decode.one_row_layout(model)
-    assert model.blocks[0].mlp.up.weight.stride() == (1, 64)
-    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
-    torch.testing.assert_close(model(tokens), before, atol=1e-4, rtol=1e-4)  # fp32 sums in another order
 
 
 # --- streaming ---

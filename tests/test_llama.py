@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import decode
 import llama
 import weights
+from few_rows import one_row_layout
 from llama import (PRESETS, Llama, LlamaConfig, Rotations, attention, chat_stop_tokens, chat_tokens, naive_attention,
                    naive_rope, next_token_loss, rope, rope_frequencies)
 from speculative import at_temperature, speculative
@@ -220,7 +221,7 @@ def test_decode_works_on_llama_as_on_gpt(changes):
     scores = decode.score(model, rows) - decode.score(model, torch.tensor([prompts[1]]))
     assert log_p == pytest.approx(scores[0].item(), abs=1e-3)
     assert scores[0] >= scores[1] - 1e-4
-    decode.one_row_layout(model)
+    one_row_layout(model)
     assert decode.generate(model, prompts, 8, temperature=0) == expected
 
 

@@ -15,6 +15,7 @@ from conftest import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 import decode
+import few_rows
 import moe
 from llama import Llama, LlamaConfig, naive_attention, next_token_loss
 from moe import (ROUTERS, Assignments, MoE, auxiliary_loss, choose, expert_counts, experts_of, grouped_experts,
@@ -238,7 +239,7 @@ def test_decoding_by_columns_keeps_the_values_of_the_experts():
     model, tokens = tiny().eval(), tokens_of(1, 9)
     before, expected = {name: p.clone() for name, p in model.state_dict().items()}, model(tokens)
     written = decode.generate(model, tokens, 6, temperature=0)
-    decode.one_row_layout(model)
+    few_rows.one_row_layout(model)
     assert model.blocks[0].mlp.gate_up.stride() == (48 * 32, 1, 48)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert_same(model(tokens), expected)
@@ -249,8 +250,8 @@ def test_decoding_on_several_cores_gives_experts_to_all_of_them_and_leaves_the_m
     # 2^18 numbers are the least matrix that is cut
     model = tiny(config=dataclasses.replace(TINY, d_model=256, d_ff=1024)).eval()
     expected, cut = decode.generate(model, tokens_of(1, 9), 6, temperature=0), []
-    in_parts = decode.row_in_parts
-    monkeypatch.setattr(decode, "row_in_parts", lambda w, bias: cut.append(w.shape) or in_parts(w, bias))
+    in_parts = few_rows.row_in_parts
+    monkeypatch.setattr(few_rows, "row_in_parts", lambda w, bias: cut.append(w.shape) or in_parts(w, bias))
     torch.set_num_threads(2)
     try:
         assert decode.generate(model, tokens_of(1, 9), 6, temperature=0) == expected

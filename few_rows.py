@@ -1,0 +1,253 @@
+"""Products of few rows: decoding reads every weight for every token, and waits for that.
+
+Idea      A decoding step multiplies one row, or a few, by every matrix of the model. Each weight is read from
+          memory and used once a row, so memory sets the pace and not arithmetic (the roofline of Williams et al.
+          2009). The product that a library takes may then read at a fraction of memory's speed: by one core of
+          several, or with a conversion of every weight on the way. Here are the products that read fastest on
+          CPUs, behind F.linear's interface; a GPU's F.linear is left as it is.
+Formula   y = x W^T + b;   operations / bytes = 2 R in out / (in out b) = 2 R / b for R rows of weights of b bytes.
+          seconds >= in out b / bandwidth: a model of N parameters gives at most bandwidth / (N b) tokens/s at R = 1
+Shapes    x (..., in), W (out, in), b (out,) -> y (..., out); R is the product of the sizes in ...
+Omits     quantised weights (fewer bytes, another model), products in a GPU's kernels.
+Run       python few_rows.py               GB/s of every way at 1, 2, 8, 32 rows, beside the memory's: 20 s;
+                                           ends with "max |fast - x W^T| = ...: OK"
+          python few_rows.py --dtype bfloat16 --d_model 1024
+Test      pytest tests/test_few_rows.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+# --- 1. one row ------------------------------------------------------------------------------
+
+def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """A function from one row x (1, in) to x W^T + b (1, out), the fastest for this weight (out, in)."""
+    if weight.dtype == torch.bfloat16 and weight.is_contiguous() and _multiplies_bf16():
+        # A matrix times a vector reads W up to half as fast again as the product of two matrices.
+        return lambda x: (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
+    # Below 1 MB another core brings less than it costs to wake it.
+    is_cut = weight.dtype == torch.float32 and weight.numel() >= 2**18 and torch.get_num_threads() > 1
+    return row_in_parts(weight, bias) if is_cut else lambda x: F.linear(x, weight, bias)
+
+
+def row_in_parts(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """``row_product`` in as many parts at once as torch has threads: a product of one row may be left to one core,
+    which cannot read W as fast as memory gives it. Beside other work on all cores each part waits for the slowest;
+    there OMP_NUM_THREADS=1 is faster."""
+    P, (out, width) = torch.get_num_threads(), weight.shape
+    if weight.is_contiguous():  # each part makes some of the outputs
+        n = out // P
+        parts, rest = weight[:P * n].view(P, n, width).mT, weight[P * n:]  # (P, in, n)
+
+        def product(x: Tensor) -> Tensor:
+            y = torch.bmm(x.expand(P, 1, width), parts).view(1, P * n)
+            y = y if P * n == out else torch.cat((y, F.linear(x, rest)), 1)  # (1, out)
+            return y if bias is None else y + bias
+    elif weight.mT.is_contiguous():  # each takes some of the inputs
+        n, columns = width // P, weight.mT
+        parts, rest = columns[:P * n].view(P, n, out), columns[P * n:]
+
+        def product(x: Tensor) -> Tensor:
+            terms = torch.bmm(x[:, :P * n].view(P, 1, n), parts).unbind()  # P of (1, out)
+            y = functools.reduce(torch.add, terms if bias is None else (bias, *terms))
+            return y if P * n == width else y + x[:, P * n:] @ rest
+    else:
+        def product(x: Tensor) -> Tensor:
+            return F.linear(x, weight, bias)
+    return product
+
+
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 (or AVX-512, by which torch converts it fast enough)."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def _leaves_rows_to_one_core() -> bool:
+    """Whether torch's library leaves products of few rows to one core, as MKL does on processors without AMX."""
+    return not torch.cpu._is_amx_tile_supported()
+
+
+def one_row_layout(model: nn.Module) -> None:
+    """Make decoding one row on a CPU in fp32 faster: a row times a matrix (out, in) with out > in reads a column
+    at a time 1.1 to 1.8 times as fast, so store these by columns, in place, experts' too; the values stay."""
+    for p in model.parameters():
+        if p.dim() >= 2 and p.size(-2) > p.size(-1) and p.dtype == torch.float32 and p.device.type == "cpu":
+            p.data = p.data.mT.contiguous().mT
+
+
+# --- 2. several rows: weights in the order in which the processor's units take them -----------
+
+# id of a weight -> the weight, its version when it was copied, and the copy; inside packed_weights
+_packed: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+
+@contextlib.contextmanager
+def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
+    """Inside, decoding on a CPU multiplies batches of about ``rows`` rows, and bf16 at any number of them, by copies
+    of the weights that lie in oneDNN's order: up to twice as fast. It costs the weights' memory once more and as much
+    time as some tens of tokens take. Where torch has no oneDNN: no copies. Raises RuntimeError where a weight that
+    has been copied is then used after it was changed in place.
+
+        with packed_weights(model, 8):
+            for prompts in batches:
+                generate(model, prompts, 100)
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    mine = []
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p.numel() >= 2**18 and p.device.type == "cpu"]
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        kinds = {torch.float32, torch.bfloat16} if _multiplies_bf16() else {torch.float32}
+        for p in matrices:
+            if p.dtype in kinds and id(p) not in _packed and not (p.dtype == torch.float32 and rows == 1):
+                _packed[id(p)] = p, _version(p), torch.ops.mkldnn._reorder_linear_weight(p.detach(), rows)
+                mine.append(id(p))
+    try:
+        yield
+    finally:
+        for key in mine:
+            del _packed[key]
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version  # torch counts changes in place
+
+
+def _packed_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _, version, copy = _packed[id(weight)]
+    if version != _version(weight):
+        raise RuntimeError("a weight was changed inside packed_weights, which multiplies by copies: leave it, and "
+                           "enter it anew")
+    return torch.ops.mkldnn._linear_pointwise(input, copy, bias, "none", [], "")
+
+
+# --- 3. the same for a whole model ------------------------------------------------------------
+
+class FastLinear(TorchFunctionMode):
+    """Inside, and in this thread only, every F.linear of a model on a CPU (its tied head's too) takes the
+    matrix product that measured fastest for its rows: input (..., in) -> (..., out)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (self.linear if function is F.linear else function)(*args, **(kwargs or {}))
+
+    @staticmethod
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, row: Callable | None = None) -> Tensor:
+        """``row``: row_product(weight, bias), from a caller that keeps it; None: it is made anew for one row."""
+        rows = input.shape[:-1].numel()
+        if id(weight) in _packed and rows > (weight.dtype == torch.float32) and not torch.is_grad_enabled():
+            return _packed_product(input, weight, bias)
+        if rows == 1:
+            row = row or row_product(weight, bias)
+            return row(input.reshape(1, -1)).view(*input.shape[:-1], -1)
+        if weight.dtype == torch.float32 and 1 < rows <= 8 and weight.is_contiguous() and _leaves_rows_to_one_core():
+            x = input.reshape(rows, -1).t()  # (in, rows): W x^T takes down to a third of x W^T's time on two cores
+            y = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (out, rows)
+            return y.t().reshape(*input.shape[:-1], -1)
+        if weight.dtype == torch.bfloat16 and rows > 8 and not _multiplies_bf16():
+            # Without bf16 instructions one fp32 copy of W costs less than its conversion for every row: 2 to 8 times.
+            bias = None if bias is None else bias.float()
+            return F.linear(input.float(), weight.float(), bias).to(input.dtype)
+        return F.linear(input, weight, bias)
+
+
+@contextlib.contextmanager
+def fast_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, a model's linear layers on a CPU, and its experts at one token, multiply by ``FastLinear.linear``; the
+    weights must stay where they are. FastLinear itself looks at every function of torch that is called, which takes
+    longer than it saves where all products are of one row."""
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
+    experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE
+    for m in layers:
+        row = row_product(m.weight, m.bias)
+        m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias, row=row)
+    for m in experts:
+        m.linear = FastLinear.linear
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.__dict__.pop("forward", None)  # another thread, with the same model, may have been here
+        for m in experts:
+            m.linear = F.linear
+
+
+# --- 4. demo ----------------------------------------------------------------------------------
+
+def _gigabytes_per_second(product: Callable[[nn.Linear], Tensor], layers: list[nn.Linear], repeats: int) -> float:
+    """Of weights, the median of ``repeats`` rounds over more of them than a cache holds."""
+    rounds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for layer in layers:
+            product(layer)
+        rounds.append(time.perf_counter() - began)
+    weight = layers[0].weight
+    return len(layers) * weight.numel() * weight.element_size() / statistics.median(rounds) / 1e9
+
+
+@torch.inference_mode()
+def main(d_model: int, dtype: str, megabytes: int, repeats: int) -> None:
+    if min(d_model, megabytes, repeats) < 1:
+        raise ValueError(f"--d_model, --megabytes and --repeats must be at least 1, got {d_model}, {megabytes} and "
+                         f"{repeats}")
+    kind, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    shape, per_layer = (4 * d_model, d_model), 4 * d_model**2 * kind.itemsize
+    count = max(2, min(10_000, megabytes * 10**6 // per_layer))
+    if count * per_layer > 2**33:
+        raise ValueError(f"two matrices of --d_model {d_model} take {count * per_layer / 1e9:,.0f} GB: choose a "
+                         "smaller one")
+    layers = []
+    for _ in range(count):
+        layer = nn.Linear(d_model, 4 * d_model, dtype=kind)
+        layer.weight.copy_(torch.randn(shape, generator=generator) / d_model**0.5)
+        layers.append(layer)
+    model, largest = nn.ModuleList(layers), 0.0
+    print(f"{count} matrices {shape} of {dtype}, {count * per_layer / 1e6:,.0f} MB, {torch.get_num_threads()} threads; "
+          f"weights read, GB/s; a sum reads {_gigabytes_per_second(lambda m: m.weight.sum(), layers, repeats):.1f}")
+    print(f"{'rows':>5}{'F.linear':>10}{'fast':>10}{'packed':>10}")
+    for rows in (1, 2, 8, 32):
+        x = torch.randn(rows, d_model, generator=generator).to(kind)
+        speeds = [_gigabytes_per_second(lambda m: F.linear(x, m.weight, m.bias), layers, repeats)]
+        exact = F.linear(x.double(), layers[0].weight.double(), layers[0].bias.double())
+        with fast_layers(model):
+            for context in (contextlib.nullcontext(), packed_weights(model, rows)):
+                with context:
+                    speeds.append(_gigabytes_per_second(lambda m: m(x), layers, repeats))
+                    largest = max(largest, (layers[0](x) - exact).abs().max().item())
+        print(f"{rows:5}" + "".join(f"{speed:10.1f}" for speed in speeds), flush=True)
+    bound = {torch.float32: 1e-5, torch.bfloat16: 0.05}[kind]  # a few roundings of values of order one
+    print(f"max |fast - x W^T| = {largest:.1e}: {'OK, below' if largest < bound else 'WRONG, expected below'} "
+          f"{bound:.0e}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.add_argument("--d_model", type=int, default=768, 
+                        help="width; matrices are (4 width, width) (default %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                        help="of weights (default %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=400,
+                        help="of weights, more than caches hold (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5,
+                        help="rounds over all of them (default %(default)s)")
+    try:
+        main(**vars(parser.parse_args()))
+    except KeyboardInterrupt:
+        parser.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error).splitlines()[0][:200])

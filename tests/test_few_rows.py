@@ -1,0 +1,220 @@
+"""Products of few rows against torch's, at every number of rows, in every layout; models that decode with them."""
+
+import runpy
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import run_program
+from test_decode import tiny
+
+import decode
+import few_rows
+from decode import generate
+from few_rows import FastLinear, fast_layers, one_row_layout, packed_weights, row_in_parts, row_product
+from gpt import GPT, GPTConfig
+
+has_bf16 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+has_onednn = torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 0), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_fast_linear_matches_torch_at_every_number_of_rows(dtype, tolerance, capability, monkeypatch):
+    # Sums of 24 products of order one, in another order: a few roundings of each format.
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    weight, bias = torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
+    for shape in ((24,), (0, 24), (1, 1, 24), (2, 3, 24), (8, 24), (9, 24), (33, 24)):
+        x = torch.randn(shape).to(dtype)
+        for arguments in ((x, weight), (x, weight, bias)):
+            expected = torch.nn.functional.linear(*arguments)
+            with FastLinear():
+                got = torch.nn.functional.linear(*arguments)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_decoding_leaves_linear_alone_for_everyone_else(monkeypatch):
+    """Another library's replacement of F.linear survives, and another thread never meets ours."""
+    original, seen = torch.nn.functional.linear, []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: original(*args))
+    replaced, fast = torch.nn.functional.linear, FastLinear.linear
+    generate(tiny().float(), [[1, 2]], 3)
+    assert torch.nn.functional.linear is replaced
+    monkeypatch.undo()
+    monkeypatch.setattr(FastLinear, "linear",
+                        staticmethod(lambda *args: seen.append(threading.get_ident()) or fast(*args)))
+    with FastLinear():
+        other = threading.Thread(target=lambda: original(torch.ones(2, 3), torch.ones(4, 3)))
+        other.start()
+        other.join()
+        assert not seen
+        original(torch.ones(2, 3), torch.ones(4, 3))
+    assert seen == [threading.get_ident()]
+
+
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("P", [1, 2, 3])
+@pytest.mark.parametrize("out, width", [(7, 5), (12, 6), (1, 9), (9, 1), (50, 33)])
+def test_a_row_in_parts_matches_torch(P, out, width, threads):
+    threads(P)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, width, dtype=torch.float64, generator=generator) for n in (1, out))
+    bias = torch.randn(out, dtype=torch.float64, generator=generator)
+    for layout in (weight, weight.t().contiguous().t(), weight.repeat(2, 2)[::2, :width]):
+        for b in (None, bias):
+            expected = torch.nn.functional.linear(x, layout, b)
+            torch.testing.assert_close(row_in_parts(layout, b)(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_generation_on_several_cores_matches_one(columns, threads):
+    # 512 x 512 is the least matrix that is cut
+    model, took = GPT(GPTConfig(1001, 32, 1, 2, 512), generator=torch.Generator().manual_seed(0)).eval(), []
+    if columns:
+        one_row_layout(model)
+    for P in (1, 2):
+        threads(P)
+        took.append(generate(model, [[1, 2, 3]], 8, temperature=0))
+    assert took[0] == took[1]
+    assert not any("forward" in module.__dict__ for module in model.modules())  # as it was
+
+
+def test_one_row_layout_keeps_the_values():
+    model, tokens = tiny().float(), torch.randint(11, (1, 8))
+    before, state = model(tokens), {name: p.clone() for name, p in model.state_dict().items()}
+    one_row_layout(model)
+    assert model.blocks[0].mlp.up.weight.stride() == (1, 64)
+    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+    torch.testing.assert_close(model(tokens), before, atol=1e-4, rtol=1e-4)  # fp32 sums in another order
+
+
+# --- one row ---
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("P", [1, 2])
+def test_a_row_product_matches_torch(dtype, tolerance, capability, P, threads, monkeypatch):
+    """On both sides of the size from which a product is cut, 2^18 numbers; a matrix by rows, by columns, and a part of one."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    threads(P)
+    generator = torch.Generator().manual_seed(0)
+    for out, width in ((40, 24), (600, 500)):
+        x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, width), (out,)))
+        weight = (torch.randn(out, width, generator=generator) / width**0.5).to(dtype)
+        for layout in (weight, weight.t().contiguous().t(), weight[:, ::2]):
+            for b in (None, bias):
+                row = x[:, :layout.size(1)]
+                y = row_product(layout, b)(row)
+                assert y.dtype == dtype and y.shape == (1, out)
+                torch.testing.assert_close(y, F.linear(row, layout, b), atol=tolerance, rtol=tolerance)
+
+
+# --- packed weights ---
+
+def wide(dtype=torch.float32, seed=0):
+    """Its two large matrices, 1001 x 512 (tied: embedding and head) and 2048 x 512, are large enough to be packed."""
+    model = GPT(GPTConfig(1001, 32, 1, 2, 512), generator=torch.Generator().manual_seed(seed)).eval()
+    return model.to(dtype)
+
+
+@pytest.mark.skipif(not has_onednn, reason="torch without oneDNN packs nothing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_packed_weights_multiply_as_the_plain_ones(dtype, rows, monkeypatch):
+    if dtype == torch.bfloat16 and not has_bf16:
+        pytest.skip("bf16 is packed where the CPU has AVX-512")
+    model, packed = wide(dtype), []
+    product = few_rows._packed_product
+    monkeypatch.setattr(few_rows, "_packed_product", lambda x, w, b: packed.append(len(x)) or product(x, w, b))
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    up = model.blocks[0].mlp.up
+    exact = F.linear(x.double(), up.weight.double(), up.bias.double())
+    with packed_weights(model, rows), torch.inference_mode(), fast_layers(model):
+        found = up(x)
+        model.head(x[:, None])
+    assert len(packed) == (0 if (dtype, rows) == (torch.float32, 1) else 1)  # the head is a function: FastLinear's
+    assert not few_rows._packed
+    bound = {torch.float32: 1e-6, torch.bfloat16: 2 ** -8}[dtype]  # of sums of 512 products
+    assert found.dtype == dtype and (found - exact).abs().max() <= bound * max(1, exact.abs().max())
+
+
+@pytest.mark.skipif(not has_onednn, reason="torch without oneDNN packs nothing")
+def test_generation_with_packed_weights_writes_the_same_and_leaves_no_trace(monkeypatch):
+    model, prompts, products = wide(), [[1, 2, 3], [4, 5], [6]], []
+    expected = generate(model, prompts, 8, temperature=0)
+    product = few_rows._packed_product
+    monkeypatch.setattr(few_rows, "_packed_product", lambda x, w, b: products.append(w.shape) or product(x, w, b))
+    with packed_weights(model, 3):
+        with packed_weights(model, 3):  # the inner one has nothing left to do, and takes nothing away
+            pass
+        assert generate(model, prompts, 8, temperature=0) == expected
+        assert {tuple(shape) for shape in products} == {(1001, 512), (1536, 512), (512, 512), (2048, 512), (512, 2048)}
+        count = len(products)
+        loss = model(torch.tensor([[1, 2, 3]])).square().mean()  # gradients do not go through copies
+        loss.backward()
+        assert len(products) == count and model.blocks[0].mlp.up.weight.grad.abs().sum() > 0
+    assert not few_rows._packed and generate(model, prompts, 8, temperature=0) == expected and len(products) == count
+
+
+@pytest.mark.skipif(not has_onednn, reason="torch without oneDNN packs nothing")
+def test_a_weight_that_changes_while_it_is_packed_is_noticed():
+    model, other = wide(), wide(seed=1)
+    with packed_weights(model, 2):
+        generate(model, [[1], [2]], 2)
+        model.load_state_dict(other.state_dict())
+        with pytest.raises(RuntimeError, match="changed inside packed_weights"):
+            generate(model, [[1], [2]], 2)
+    with packed_weights(model, 2):
+        assert generate(model, [[1], [2]], 4, temperature=0) == generate(other, [[1], [2]], 4, temperature=0)
+    with pytest.raises(ValueError, match="rows must be at least 1"), packed_weights(model, 0):
+        pass
+
+
+def test_where_nothing_can_be_packed_nothing_is(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    for model in (wide(), wide(torch.bfloat16), wide(torch.float64), tiny()):
+        with packed_weights(model, 4):
+            assert not few_rows._packed
+            assert len(generate(model, [[1], [2]], 2)) == 2
+    monkeypatch.undo()
+    for model in (wide(torch.float64), tiny()):  # float64; small
+        with packed_weights(model, 4):
+            assert not few_rows._packed
+
+
+def test_decoding_works_without_this_file(monkeypatch):
+    model, prompts = tiny(), [[1, 2, 3], [4]]
+    expected = generate(model, prompts, 6, temperature=0)
+    monkeypatch.setitem(sys.modules, "few_rows", None)
+    decode._few_rows.cache_clear()
+    try:
+        assert decode._few_rows() is None and generate(model, prompts, 6, temperature=0) == expected
+    finally:
+        decode._few_rows.cache_clear()
+
+
+# --- the program ---
+
+def test_demo_prints_its_verdict(capsys, monkeypatch):
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(sys, "argv", f"few_rows.py --d_model 256 --megabytes 4 --repeats 1 --dtype {dtype}".split())
+        runpy.run_path(few_rows.__file__, run_name="__main__")
+        out = capsys.readouterr().out
+        assert ": OK, below" in out.splitlines()[-1] and len(out.splitlines()) == 7
+
+
+@pytest.mark.parametrize("flags, message", (
+    (["--d_model", "0"], "--d_model, --megabytes and --repeats must be at least 1, got 0, 400 and 5"),
+    (["--d_model", "1000000"], "two matrices of --d_model 1000000 take 32,000 GB: choose a smaller one")))
+def test_what_cannot_be_measured_is_refused_in_one_line(flags, message):
+    done = run_program(["few_rows.py", *flags])
+    assert done.returncode == 2 and done.stderr == f"few_rows.py: {message}\n"
