@@ -2,11 +2,11 @@
 
 Idea      A decoding step multiplies one row, or a few, by every matrix of the model. Each weight is read from
           memory and used once a row, so memory sets the pace and not arithmetic (the roofline of Williams et al.
-          2009). The product that a library takes may then read at a fraction of memory's speed: by one core of
-          several, or with a conversion of every weight on the way. Here are the products that read fastest on
+          2009). torch's own product may then read at a fraction of memory's speed, by one core of several, or
+          because it converts every bf16 weight to fp32 on the way. Here are the products that read fastest on
           CPUs, behind F.linear's interface; a GPU's F.linear is left as it is.
-Formula   y = x W^T + b;   operations / bytes = 2 R in out / (in out b) = 2 R / b for R rows of weights of b bytes.
-          seconds >= in out b / bandwidth: a model of N parameters gives at most bandwidth / (N b) tokens/s at R = 1
+Formula   y = x W^T + b: 2 R in out operations on in out s bytes of weights (s bytes each): 2 R / s a byte.
+          seconds >= in out s / bandwidth: N parameters give at most bandwidth / (N s) tokens/s at R = 1 row
 Shapes    x (..., in), W (out, in), b (out,) -> y (..., out); R is the product of the sizes in ...
 Omits     quantised weights (fewer bytes, another model), products in a GPU's kernels.
 Run       python few_rows.py               GB/s of every way at 1, 2, 8, 32 rows, beside the memory's: 20 s;
@@ -34,9 +34,10 @@ from torch.overrides import TorchFunctionMode
 # --- 1. one row ------------------------------------------------------------------------------
 
 def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A function from one row x (1, in) to x W^T + b (1, out), the fastest for this weight (out, in)."""
-    if weight.dtype == torch.bfloat16 and weight.is_contiguous() and _multiplies_bf16():
-        # A matrix times a vector reads W up to half as fast again as the product of two matrices.
+    """A function from one row x (1, in) to x W^T + b (1, out), the fastest for this weight (out, in) and for torch's
+    number of threads now. It keeps views of the weight, and no gradients go through it."""
+    if weight.dtype == torch.bfloat16 and weight.is_contiguous() and _has_avx512():
+        # A matrix times a vector reads W up to 1.5 times as fast as the product of two matrices.
         return lambda x: (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
     # Below 1 MB another core brings less than it costs to wake it.
     is_cut = weight.dtype == torch.float32 and weight.numel() >= 2**18 and torch.get_num_threads() > 1
@@ -45,33 +46,32 @@ def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor]
 
 def row_in_parts(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """``row_product`` in as many parts at once as torch has threads: a product of one row may be left to one core,
-    which cannot read W as fast as memory gives it. Beside other work on all cores each part waits for the slowest;
-    there OMP_NUM_THREADS=1 is faster."""
+    which cannot read W as fast as memory gives it. All wait for the slowest part: beside other work on all cores
+    OMP_NUM_THREADS=1 is faster."""
     P, (out, width) = torch.get_num_threads(), weight.shape
-    if weight.is_contiguous():  # each part makes some of the outputs
-        n = out // P
-        parts, rest = weight[:P * n].view(P, n, width).mT, weight[P * n:]  # (P, in, n)
+    if weight.is_contiguous():
+        share = out // P  # each part makes some of the outputs
+        parts, rest = weight[:P * share].view(P, share, width).mT, weight[P * share:]  # (P, in, share)
 
-        def product(x: Tensor) -> Tensor:
-            y = torch.bmm(x.expand(P, 1, width), parts).view(1, P * n)
-            y = y if P * n == out else torch.cat((y, F.linear(x, rest)), 1)  # (1, out)
+        def by_rows(x: Tensor) -> Tensor:
+            y = torch.bmm(x.expand(P, 1, width), parts).view(1, P * share)  # one matrix for each core
+            y = y if P * share == out else torch.cat((y, F.linear(x, rest)), 1)  # (1, out)
             return y if bias is None else y + bias
-    elif weight.mT.is_contiguous():  # each takes some of the inputs
-        n, columns = width // P, weight.mT
-        parts, rest = columns[:P * n].view(P, n, out), columns[P * n:]
+        return by_rows
+    if weight.mT.is_contiguous():
+        share, columns = width // P, weight.mT  # each takes some of the inputs
+        parts, rest = columns[:P * share].view(P, share, out), columns[P * share:]
 
-        def product(x: Tensor) -> Tensor:
-            terms = torch.bmm(x[:, :P * n].view(P, 1, n), parts).unbind()  # P of (1, out)
+        def by_columns(x: Tensor) -> Tensor:
+            terms = torch.bmm(x[:, :P * share].view(P, 1, share), parts).unbind()  # P of (1, out)
             y = functools.reduce(torch.add, terms if bias is None else (bias, *terms))
-            return y if P * n == width else y + x[:, P * n:] @ rest
-    else:
-        def product(x: Tensor) -> Tensor:
-            return F.linear(x, weight, bias)
-    return product
+            return y if P * share == width else y + x[:, P * share:] @ rest
+        return by_columns
+    return lambda x: F.linear(x, weight, bias)
 
 
-def _multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 (or AVX-512, by which torch converts it fast enough)."""
+def _has_avx512() -> bool:
+    """Whether torch uses AVX-512 here: without it, it converts bf16 one product at a time."""
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
@@ -81,14 +81,15 @@ def _leaves_rows_to_one_core() -> bool:
 
 
 def one_row_layout(model: nn.Module) -> None:
-    """Make decoding one row on a CPU in fp32 faster: a row times a matrix (out, in) with out > in reads a column
-    at a time 1.1 to 1.8 times as fast, so store these by columns, in place, experts' too; the values stay."""
+    """Make decoding one row on a CPU in fp32 faster: a matrix (out, in) with out > in is read 1.1 to 1.8 times as fast
+    if it is stored by columns, so store it so, in place, experts' too; the values stay. For bf16 and for several
+    rows plain weights are better."""
     for p in model.parameters():
         if p.dim() >= 2 and p.size(-2) > p.size(-1) and p.dtype == torch.float32 and p.device.type == "cpu":
             p.data = p.data.mT.contiguous().mT
 
 
-# --- 2. several rows: weights in the order in which the processor's units take them -----------
+# --- 2. several rows: weights in blocks, as the library's inner loop reads them ---------------
 
 # id of a weight -> the weight, its version when it was copied, and the copy; inside packed_weights
 _packed: dict[int, tuple[Tensor, int, Tensor]] = {}
@@ -96,38 +97,44 @@ _packed: dict[int, tuple[Tensor, int, Tensor]] = {}
 
 @contextlib.contextmanager
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
-    """Inside, decoding on a CPU multiplies batches of about ``rows`` rows, and bf16 at any number of them, by copies
-    of the weights that lie in oneDNN's order: up to twice as fast. It costs the weights' memory once more and as much
-    time as some tens of tokens take. Where torch has no oneDNN: no copies. Raises RuntimeError where a weight that
-    has been copied is then used after it was changed in place.
+    """Inside, decode.py's functions multiply on a CPU by copies of the large weights, packed into the blocks that
+    oneDNN (torch's library for bf16) works on: bf16 always, fp32 from two rows up. Up to twice as fast.
 
+        from few_rows import packed_weights
         with packed_weights(model, 8):
-            for prompts in batches:
+            for prompts in batches_of_8:
                 generate(model, prompts, 100)
+
+    ``rows``: how many there mostly are, for which the copies are tuned. It costs the weights' memory once more and as
+    much time as some tens of tokens take. Where torch has no oneDNN, and in autocast, plain weights are used. Do not
+    train inside: RuntimeError where torch knows that a weight was changed after it was copied, but it does not know
+    of fused optimizers' steps and of changes of ``p.data``.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
-    mine = []
-    matrices = [p for p in model.parameters() if p.dim() == 2 and p.numel() >= 2**18 and p.device.type == "cpu"]
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        kinds = {torch.float32, torch.bfloat16} if _multiplies_bf16() else {torch.float32}
-        for p in matrices:
-            if p.dtype in kinds and id(p) not in _packed and not (p.dtype == torch.float32 and rows == 1):
-                _packed[id(p)] = p, _version(p), torch.ops.mkldnn._reorder_linear_weight(p.detach(), rows)
-                mine.append(id(p))
+    kinds = {torch.float32} if rows > 1 else set()  # at one row fp32 is faster as it lies
+    kinds |= {torch.bfloat16} if _has_avx512() else set()
+    mine, pack = [], getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    if pack is None or not torch.backends.mkldnn.is_available():
+        kinds = set()
     try:
+        for p in model.parameters():
+            is_large = p.dim() == 2 and p.numel() >= 2**18
+            if is_large and p.dtype in kinds and p.device.type == "cpu" and id(p) not in _packed:
+                _packed[id(p)] = p, _version(p), pack(p.detach().contiguous(), rows)
+                mine.append(id(p))
         yield
     finally:
         for key in mine:
-            del _packed[key]
+            _packed.pop(key, None)  # another thread, with the same model, may have been here
 
 
 def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version  # torch counts changes in place
+    return 0 if weight.is_inference() else weight._version  # how many changes torch has counted
 
 
-def _packed_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _, version, copy = _packed[id(weight)]
+def _packed_product(input: Tensor, found: tuple[Tensor, int, Tensor], bias: Tensor | None) -> Tensor:
+    weight, version, copy = found
     if version != _version(weight):
         raise RuntimeError("a weight was changed inside packed_weights, which multiplies by copies: leave it, and "
                            "enter it anew")
@@ -138,26 +145,30 @@ def _packed_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 class FastLinear(TorchFunctionMode):
     """Inside, and in this thread only, every F.linear of a model on a CPU (its tied head's too) takes the
-    matrix product that measured fastest for its rows: input (..., in) -> (..., out)."""
+    matrix product that measured fastest for its rows: input (..., in) -> (..., out). Not for training."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return (self.linear if function is F.linear else function)(*args, **(kwargs or {}))
+        return (FastLinear.linear if function is F.linear else function)(*args, **(kwargs or {}))
 
     @staticmethod
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, row: Callable | None = None) -> Tensor:
         """``row``: row_product(weight, bias), from a caller that keeps it; None: it is made anew for one row."""
+        is_plain = input.dtype == weight.dtype and weight.dim() == 2 and input.shape[-1:] == weight.shape[1:]
+        if not is_plain or not weight.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return F.linear(input, weight, bias)  # and its errors
         rows = input.shape[:-1].numel()
-        if id(weight) in _packed and rows > (weight.dtype == torch.float32) and not torch.is_grad_enabled():
-            return _packed_product(input, weight, bias)
+        found = _packed.get(id(weight))
+        if found and (rows > 1 or rows == 1 and weight.dtype == torch.bfloat16):
+            return _packed_product(input, found, bias)
         if rows == 1:
             row = row or row_product(weight, bias)
             return row(input.reshape(1, -1)).view(*input.shape[:-1], -1)
         if weight.dtype == torch.float32 and 1 < rows <= 8 and weight.is_contiguous() and _leaves_rows_to_one_core():
             x = input.reshape(rows, -1).t()  # (in, rows): W x^T takes down to a third of x W^T's time on two cores
             y = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (out, rows)
-            return y.t().reshape(*input.shape[:-1], -1)
-        if weight.dtype == torch.bfloat16 and rows > 8 and not _multiplies_bf16():
-            # Without bf16 instructions one fp32 copy of W costs less than its conversion for every row: 2 to 8 times.
+            return y.t().contiguous().view(*input.shape[:-1], -1)
+        if weight.dtype == torch.bfloat16 and rows > 8 and not _has_avx512():
+            # One fp32 copy of W costs less than its conversion for every row: a half to an eighth of the time.
             bias = None if bias is None else bias.float()
             return F.linear(input.float(), weight.float(), bias).to(input.dtype)
         return F.linear(input, weight, bias)
@@ -165,17 +176,18 @@ class FastLinear(TorchFunctionMode):
 
 @contextlib.contextmanager
 def fast_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, a model's linear layers on a CPU, and its experts at one token, multiply by ``FastLinear.linear``; the
-    weights must stay where they are. FastLinear itself looks at every function of torch that is called, which takes
-    longer than it saves where all products are of one row."""
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
+    """Inside, and for every thread, a model's linear layers on a CPU, and its experts at one token, multiply by
+    ``FastLinear.linear``. Do not replace, move or copy the model's weights inside. (Under the mode FastLinear Python
+    looks at every call of torch, which takes longer than it saves where all products are of one row.)"""
+    layers = [m for m in model.modules()
+              if type(m) is nn.Linear and m.weight.device.type == "cpu" and "forward" not in vars(m)]
     experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE
-    for m in layers:
-        row = row_product(m.weight, m.bias)
-        m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias, row=row)
-    for m in experts:
-        m.linear = FastLinear.linear
     try:
+        for m in layers:
+            row = row_product(m.weight, m.bias)
+            m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias, row=row)
+        for m in experts:
+            m.linear = FastLinear.linear
         yield
     finally:
         for m in layers:
@@ -187,7 +199,7 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
 # --- 4. demo ----------------------------------------------------------------------------------
 
 def _gigabytes_per_second(product: Callable[[nn.Linear], Tensor], layers: list[nn.Linear], repeats: int) -> float:
-    """Of weights, the median of ``repeats`` rounds over more of them than a cache holds."""
+    """GB of weights read in a second: the median of ``repeats`` rounds over more of them than a cache holds."""
     rounds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -207,8 +219,8 @@ def main(d_model: int, dtype: str, megabytes: int, repeats: int) -> None:
     shape, per_layer = (4 * d_model, d_model), 4 * d_model**2 * kind.itemsize
     count = max(2, min(10_000, megabytes * 10**6 // per_layer))
     if count * per_layer > 2**33:
-        raise ValueError(f"two matrices of --d_model {d_model} take {count * per_layer / 1e9:,.0f} GB: choose a "
-                         "smaller one")
+        raise ValueError(f"{count} matrices of --d_model {d_model} take {count * per_layer / 1e9:,.0f} GB: lower "
+                         "--d_model or --megabytes")
     layers = []
     for _ in range(count):
         layer = nn.Linear(d_model, 4 * d_model, dtype=kind)

@@ -4,10 +4,12 @@ Idea      Attention's time goes into moving its T x S matrix to memory (HBM) and
           computed block by block, if what was summed before is rescaled when a larger logit turns up. So
           a tile of queries meets one tile of keys at a time, in fast memory (SRAM), and only the output
           and one number per row are written; the backward pass computes the tiles again.
-Formula   online:    m' = max(m, max_j s_j);   a = e^(m - m');   p_j = e^(s_j - m')
+Formula   s_ij = scale q_i . k_j, the logits; for one query i:
+          online:    m' = max(m, max_j s_j);   a = e^(m - m');   p_j = e^(s_j - m')
                      l' = a l + sum_j p_j;     o' = a o + sum_j p_j v_j     for one tile of keys after another
           then       out = o / l,   lse = m + log l  (log-sum-exp),   p_j = e^(s_j - lse)
-          backward:  dv_j = sum_i p_ij do_i;  ds_ij = p_ij (do_i . v_j - do_i . out_i);  dq_i = sum_j ds_ij k_j
+          backward:  dv_j = sum_i p_ij do_i;        ds_ij = p_ij (do_i . v_j - do_i . out_i)
+                     dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i
 Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), Hkv | H -> out (B, H, T, Dh), lse (B, H, T). The queries are
           the LAST T of the S positions.
 Also      torch's own fused kernels, if attention_kernels.py is in the same folder, and through it the CUDA kernel
@@ -38,8 +40,8 @@ from torch import Tensor
 @dataclass
 class Options:
     """All that changes attention, applied in this order: scale, soft cap, bias, mask, softmax, dropout."""
-    is_causal: bool = True  # query t, at position S - T + t, sees no key behind its position
-    window: int | None = None  # and only keys less than this far from its position
+    is_causal: bool = True  # query t, at position S - T + t, sees no key after its position
+    window: int | None = None  # and only keys less than this far from its position (on both sides, if not causal)
     ids: Tensor | None = None  # (B, S) number of the document of each position: nobody looks into another one
     bias: Tensor | None = None  # broadcastable to (B, H, T, S), added to the logits; -inf hides; differentiable
     soft_cap: float | None = None  # logits x become cap * tanh(x / cap), as in Gemma 2
@@ -57,7 +59,7 @@ class Options:
 def visible(options: Options, T: int, S: int, rows: range, columns: range, device) -> Tensor | None:
     """Which of these queries see which of these keys, (B or 1, len(rows), len(columns)); None: all see all."""
     first, last, window = S - T + rows.start, S - T + rows.stop - 1, options.window or S + T
-    after = 1 if options.is_causal else window  # keys from this distance behind a query on are hidden
+    after = 1 if options.is_causal else window  # keys so far after a query, or farther, are hidden
     inside = columns.stop - 1 < first + after and columns.start > last - window
     if inside and options.ids is None:
         return None
@@ -159,22 +161,23 @@ class _Tiling:
     def __init__(self, q: Tensor, k: Tensor, options: Options, tile: tuple[int, int] | None, exact: bool = False):
         (B, H, T, Dh), (_, Hkv, S, _) = q.shape, k.shape
         self.shape, self.device = (B, H, Hkv, H // Hkv, T, S), q.device
-        # Statistics and sums in fp32 (or finer). Tensor cores and AMX multiply fp16 and bf16 into fp32 themselves;
-        # where nothing does, a tile is converted to fp32 before it is multiplied.
+        # Statistics and sums over tiles in fp32 (or finer). Tensor cores and AMX multiply fp16 and bf16 themselves, but
+        # torch rounds each product back to that type; where nothing does, a tile is converted to fp32 beforehand.
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.products = q.dtype if _multiplies(q.device.type, q.dtype) and not exact else self.dtype
         self.options, self.scale = options, Dh ** -0.5 if options.scale is None else options.scale
-        # Logits are ``unit`` times what ``logits`` returns. Where they are rounded, the product scales them before, and
-        # to base 2 if nothing is added to them: e^logit = 2^returned, one pass less.
+        # ``logits`` returns them divided by ``unit``. Where products are rounded, they are multiplied by scale / unit
+        # before that, which costs no pass of its own; with unit = log 2, e^logit = 2^returned saves another one. A bias
+        # and a soft cap want the logits themselves.
         is_base_2 = self.products != self.dtype and options.bias is None and not options.soft_cap
         self.unit = math.log(2) if is_base_2 else 1.0
         # The queries of a group share their keys: they are rows of one product, and no key is copied. Fastest on a CPU:
-        # 256 x 512 logits, and 512 x 512 where products are that much faster than what follows them.
-        rows = 256 if self.products == self.dtype else 512
+        # 256 x 512 logits, and 512 x 512 where bf16 products are so fast that the softmax is the larger part.
+        rows = 512 if q.device.type == "cpu" and self.products != self.dtype else 256
         self.Br, self.Bc = tile or (max(16, rows // (H // Hkv)), 512)
 
     def tiles(self) -> Iterator[_Tile]:
-        """All query tiles. So many heads at once that their logits, at most 4 MB, stay in cache."""
+        """All query tiles. So many heads at once that a matrix of their logits, about 4 MB, stays in cache."""
         B, _, Hkv, G, T, S = self.shape
         heads = max(1, 2**20 // max(1, G * min(self.Br, T) * min(self.Bc, S)))
         if self.device.type != "cpu":  # a GPU wants them all
@@ -190,7 +193,8 @@ class _Tiling:
         first, last = S - T + rows.start, S - T + rows.stop - 1
         begin = 0 if self.options.window is None else max(0, first - self.options.window + 1)
         end = min(S, last + (1 if self.options.is_causal else self.options.window or S + T))
-        diagonal = max(begin, min(first, end)) if self.options.is_causal else end  # its tiles alone need a mask
+        # Without window and ids the diagonal's tiles alone need a mask.
+        diagonal = max(begin, min(first, end)) if self.options.is_causal else end
         for start, stop in ((begin, diagonal), (diagonal, end)):
             for c in range(start, stop, self.Bc):
                 yield range(c, min(c + self.Bc, stop))
@@ -204,14 +208,14 @@ class _Tiling:
         return self.queries(x, at).flatten(2, 3).flatten(0, 1)
 
     def scaled_queries(self, q: Tensor, at: _Tile) -> Tensor:
-        """(B, H, T, Dh) -> (n, G rows, Dh), scaled if products are as fine as sums."""
+        """(B, H, T, Dh) -> (n, G rows, Dh), scaled where products are as fine as sums; else ``logits`` scales."""
         q = self.query_rows(q, at)
         return q.to(self.products) * self.scale if self.products == self.dtype else q.contiguous()
 
     def keys(self, x: Tensor, at: _Tile, columns: range) -> Tensor:
         """(B, Hkv, S, Dh) -> (n, columns, Dh) in the type of products."""
         x = x[at.b, at.h, columns.start:columns.stop].flatten(0, 1).to(self.products)
-        return x if self.products == self.dtype else x.contiguous()  # oneDNN would copy it anew for every product
+        return x if self.products == self.dtype else x.contiguous()  # oneDNN would copy it itself, transposed: slower
 
     def logits(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space
                ) -> tuple[Tensor | None, Tensor | None]:
@@ -223,7 +227,8 @@ class _Tiling:
             mask = mask[at.b]
             if not mask.any():  # another document
                 return None, None
-        s = space.product(q, k.mT, 0, 1.0 if self.products == self.dtype else self.scale / self.unit)  # 1: q was scaled
+        factor = 1.0 if self.products == self.dtype else self.scale / self.unit  # 1: q is scaled
+        s = space.product(q, k.mT, 0, factor)
         if o.soft_cap:
             bent = torch.tanh(s / o.soft_cap)
             s, slope = bent * o.soft_cap, 1 - bent.square()
@@ -247,6 +252,7 @@ class _Tiling:
         return factor.view(-1, G * len(at.rows), len(columns))
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
 def _multiplies(device: str, dtype: torch.dtype) -> bool:
     """Whether the device multiplies matrices of fp16 or bf16, summing in fp32, faster than it converts them."""
     return device != "cpu" or dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
@@ -296,8 +302,8 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     """Gradients of q, k, v and the bias. The tiles are computed again: p = e^(s - lse) needs no second pass.
 
     out and lse may be those of attention to more keys than k: then these are the gradients through k's share.
-    ``exact``: logits are never rounded to bf16 or fp16, as they are not behind an lse of other code than tiled_forward;
-    s - lse, the small difference of large numbers, has to be of one rounding.
+    ``exact``: multiply in fp32, which an lse of other code than tiled_forward needs: p = e^(s - lse), the small
+    difference of large numbers, is right only if both saw logits of the same rounding.
     """
     cut = _Tiling(q, k, options, tile, exact)
     *_, G, T, S = cut.shape
@@ -308,6 +314,7 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     for at in cut.tiles():
         q_i = cut.scaled_queries(q, at)  # (n, G rows, Dh)
         n, R, Dh = q_i.shape
+        # matrix 0: logits, then p; matrix 1: dp, then ds
         space = _Space(2, n * R * min(cut.Bc, S), cut, q.device) if space is None else space
         do_i, out_i = (cut.query_rows(x, at) for x in (grad_out, out))
         delta = (do_i.to(cut.dtype) * out_i).sum(-1, keepdim=True)  # (n, G rows, 1)
@@ -354,22 +361,24 @@ class _Space:
         self.is_mixed = cut.products != cut.dtype  # products are rounded, all else is not
         self.low = torch.empty(size if self.is_mixed else 0, dtype=cut.products, device=device)
 
-    def product(self, a: Tensor, b: Tensor, number: int, scale: float = 1.0) -> Tensor:
-        """scale times a (n, R, K) b (n, K, C) -> (n, R, C) in the type of sums, in the matrix of this number."""
+    def product(self, a: Tensor, b: Tensor, index: int, scale: float = 1.0) -> Tensor:
+        """scale times a (n, R, K) b (n, K, C) -> (n, R, C) in the type of sums, in the matrix of this index."""
         n, R, C = a.size(0), a.size(1), b.size(2)
-        out = self.matrices[number, :n * R * C].view(n, R, C)
+        out = self.matrices[index, :n * R * C].view(n, R, C)
         if not self.is_mixed:
             return torch.bmm(a, b, out=out)
+        if scale == 0:  # oneDNN would write nothing
+            return out.zero_()
         low = self.low[:out.numel()].view(n, R, C)
         return out.copy_(torch.baddbmm(low, a, b, beta=0, alpha=scale, out=low))
 
     def rounded(self, x: Tensor) -> Tensor:
-        """x (n, R, C) in the type of products; good until the next product or rounding."""
+        """x (n, R, C) in the type of products: x itself, or a copy that is good until the next product or rounding."""
         return self.low[:x.numel()].view(x.shape).copy_(x) if self.is_mixed else x
 
 
 def _exp_(x: Tensor, unit: float) -> Tensor:
-    """e^(unit x) in place, by 2^x: on a CPU that takes two thirds of the time."""
+    """e^(unit x) in place, by 2^x: on a CPU that takes two thirds of e^x's time."""
     return (x if unit == math.log(2) else x.mul_(unit / math.log(2))).exp2_()
 
 
@@ -433,7 +442,7 @@ class _FlashAttention(torch.autograd.Function):
     """All kernels save the same: q, k, v, out and lse. So the backward need not be of the forward's kind."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, options, name):
+    def forward(ctx, q, k, v, bias, options, name, with_lse):
         ctx.set_materialize_grads(False)
         with torch.autocast(q.device.type, enabled=False):
             if name == "tiled":
@@ -442,7 +451,9 @@ class _FlashAttention(torch.autograd.Function):
                 from attention_kernels import kernel_forward
                 out, lse, ctx.rest = kernel_forward(name, q, k, v, options.is_causal, options.scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options, ctx.name = options, name
+        ctx.options, ctx.name, ctx.with_lse = options, name, with_lse
+        if not with_lse:
+            ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
@@ -451,13 +462,14 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         with torch.autocast(q.device.type, enabled=False):
+            grad_lse = grad_lse if ctx.with_lse else None  # zeros, where torch.compile has traced this
             if ctx.name == "tiled" or grad_lse is not None:  # torch's kernels have no gradient of lse
                 grads = tiled_backward(grad_out, q, k, v, out, lse, ctx.options, grad_lse, exact=ctx.name != "tiled")
             else:
                 from attention_kernels import kernel_backward
                 o = ctx.options
                 grads = *kernel_backward(ctx.name, grad_out, q, k, v, out, lse, ctx.rest, o.is_causal, o.scale), None
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def flash_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, *, backend: str = "auto",
@@ -480,16 +492,21 @@ def flash_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = 
     Raises:
         ValueError: shapes, types or devices that do not fit each other, or that the backend lacks.
     """
-    options = Options(is_causal, **options)
+    return _attend(q, k, v, Options(is_causal, **options), backend, True)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, *, backend: str = "auto", **options
+                    ) -> Tensor:
+    """``flash_attention_with_lse`` without the log-sum-exp: fits GPT(config, attention=flash_attention)."""
+    return _attend(q, k, v, Options(is_causal, **options), backend, False)[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """out and lse; without ``with_lse`` no gradient goes through lse."""
     _check(q, k, v, options)
     with_backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     name = _choose(backend, q, k, options, with_backward)
-    return _FlashAttention.apply(q, k, v, options.bias, options, name)
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, **options) -> Tensor:
-    """``flash_attention_with_lse`` without the log-sum-exp: fits GPT(config, attention=flash_attention)."""
-    return flash_attention_with_lse(q, k, v, is_causal, **options)[0]
+    return _FlashAttention.apply(q, k, v, options.bias, options, name, with_lse)
 
 
 def split_kv_attention(q: Tensor, k: Tensor, v: Tensor, splits: int, is_causal: bool = True, **options) -> Tensor:

@@ -93,8 +93,8 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> 
     T, S = q.size(-2), k.size(-2)
     scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, H, T, S)
     if is_causal and T > 1:
-        future = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(S - T + 1)
-        scores += future
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        scores.masked_fill_(future, float("-inf"))
     return torch.softmax(scores, -1) @ v
 
 

@@ -21,11 +21,19 @@ has_bf16 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 has_onednn = torch.backends.mkldnn.is_available()
 
 
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 0), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@torch.inference_mode()
 def test_fast_linear_matches_torch_at_every_number_of_rows(dtype, tolerance, capability, monkeypatch):
     # Sums of 24 products of order one, in another order: a few roundings of each format.
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(few_rows, "_leaves_rows_to_one_core", lambda: capability == "AVX2")
     weight, bias = torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
     for shape in ((24,), (0, 24), (1, 1, 24), (2, 3, 24), (8, 24), (9, 24), (33, 24)):
         x = torch.randn(shape).to(dtype)
@@ -33,8 +41,26 @@ def test_fast_linear_matches_torch_at_every_number_of_rows(dtype, tolerance, cap
             expected = torch.nn.functional.linear(*arguments)
             with FastLinear():
                 got = torch.nn.functional.linear(*arguments)
-            assert got.dtype == dtype
+            assert got.dtype == dtype and got.is_contiguous()
             torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("P", [1, 2])
+@torch.inference_mode()
+def test_what_linear_refuses_is_refused_and_what_it_converts_converted(P, threads):
+    """Also where a weight is cut and no product would notice: 600 numbers for a width of 512, or one."""
+    threads(P)
+    weight, bias = torch.randn(512, 512), torch.randn(512)
+    for layout in (weight, weight.t().contiguous().t()):
+        for x, w, b in ((torch.randn(1, 600), layout, bias), (torch.randn(1, 1), layout, bias), (torch.randn(3, 600), layout, None),
+                        (torch.randn(1, 512, dtype=torch.float64), layout, bias), (torch.tensor(1.0), layout, None)):
+            with pytest.raises(RuntimeError):
+                FastLinear.linear(x, w, b)
+        for x in (torch.randn(1, 512), torch.randn(2, 512)):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = FastLinear.linear(x, layout, bias)
+                assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, layout, bias))
+    assert FastLinear.linear(torch.randn(1, 4), torch.randn(4)).shape == (1,)
 
 
 def test_decoding_leaves_linear_alone_for_everyone_else(monkeypatch):
@@ -47,19 +73,13 @@ def test_decoding_leaves_linear_alone_for_everyone_else(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(FastLinear, "linear",
                         staticmethod(lambda *args: seen.append(threading.get_ident()) or fast(*args)))
-    with FastLinear():
+    with torch.no_grad(), FastLinear():
         other = threading.Thread(target=lambda: original(torch.ones(2, 3), torch.ones(4, 3)))
         other.start()
         other.join()
         assert not seen
         original(torch.ones(2, 3), torch.ones(4, 3))
     assert seen == [threading.get_ident()]
-
-
-@pytest.fixture
-def threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("P", [1, 2, 3])
@@ -134,7 +154,7 @@ def test_packed_weights_multiply_as_the_plain_ones(dtype, rows, monkeypatch):
         pytest.skip("bf16 is packed where the CPU has AVX-512")
     model, packed = wide(dtype), []
     product = few_rows._packed_product
-    monkeypatch.setattr(few_rows, "_packed_product", lambda x, w, b: packed.append(len(x)) or product(x, w, b))
+    monkeypatch.setattr(few_rows, "_packed_product", lambda x, found, b: packed.append(len(x)) or product(x, found, b))
     x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
     up = model.blocks[0].mlp.up
     exact = F.linear(x.double(), up.weight.double(), up.bias.double())
@@ -152,7 +172,7 @@ def test_generation_with_packed_weights_writes_the_same_and_leaves_no_trace(monk
     model, prompts, products = wide(), [[1, 2, 3], [4, 5], [6]], []
     expected = generate(model, prompts, 8, temperature=0)
     product = few_rows._packed_product
-    monkeypatch.setattr(few_rows, "_packed_product", lambda x, w, b: products.append(w.shape) or product(x, w, b))
+    monkeypatch.setattr(few_rows, "_packed_product", lambda x, found, b: products.append(found[0].shape) or product(x, found, b))
     with packed_weights(model, 3):
         with packed_weights(model, 3):  # the inner one has nothing left to do, and takes nothing away
             pass
@@ -163,6 +183,78 @@ def test_generation_with_packed_weights_writes_the_same_and_leaves_no_trace(monk
         loss.backward()
         assert len(products) == count and model.blocks[0].mlp.up.weight.grad.abs().sum() > 0
     assert not few_rows._packed and generate(model, prompts, 8, temperature=0) == expected and len(products) == count
+
+
+@pytest.mark.skipif(not has_onednn, reason="torch without oneDNN packs nothing")
+def test_packed_weights_that_lie_by_columns_or_go_through_autocast_and_compilation_are_right():
+    model, prompts = wide(), [[1, 2], [3]]
+    expected = generate(model, prompts, 6, temperature=0)
+    one_row_layout(model)
+    with packed_weights(model, 2):
+        assert generate(model, prompts, 6, temperature=0) == expected
+        with torch.autocast("cpu", torch.bfloat16):  # plain weights
+            assert len(generate(model, prompts, 6, temperature=0)) == 2
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="eager")
+    assert generate(model, prompts, 6, temperature=0) == expected
+
+
+@pytest.mark.skipif(not has_onednn, reason="torch without oneDNN packs nothing")
+def test_copies_are_dropped_where_packing_is_interrupted_and_where_two_threads_pack_one_model(monkeypatch):
+    model, pack, calls = wide(), torch.ops.mkldnn._reorder_linear_weight, []
+
+    def interrupted(weight, rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return pack(weight, rows)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt), packed_weights(model, 2):
+        pass
+    assert len(calls) == 3 and not few_rows._packed
+    monkeypatch.undo()
+    errors = []
+
+    def run():
+        try:
+            for _ in range(5):
+                with packed_weights(model, 2):
+                    generate(model, [[1], [2]], 2)
+        except BaseException as error:
+            errors.append(error)
+
+    both = [threading.Thread(target=run) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert not errors and not few_rows._packed
+
+
+@pytest.mark.parametrize("P", [1, 2])
+def test_a_model_in_mid_stream_can_be_trained_and_keeps_a_forward_of_its_own(P, threads):
+    threads(P)
+    model, calls = wide(), []
+    up = model.blocks[0].mlp.up
+    plain = up.forward
+    up.forward = lambda x: calls.append(len(x)) or plain(x)  # as hooks of other libraries are made
+    pieces = decode.stream(model, [1, 2], 4)
+    next(pieces)
+    model(torch.tensor([[5]])).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    list(pieces)
+    assert len(calls) == 5 and "forward" in vars(up)
+    assert not any("forward" in vars(m) for m in model.modules() if m is not up)
+
+
+def test_layers_are_as_they_were_after_an_interruption(monkeypatch):
+    model, made = wide(), []
+    monkeypatch.setattr(few_rows, "row_product", lambda w, b: 1 / 0 if len(made) == 2 else made.append(w))
+    with pytest.raises(ZeroDivisionError), fast_layers(model):
+        pass
+    assert len(made) == 2 and not any("forward" in vars(m) for m in model.modules())
 
 
 @pytest.mark.skipif(not has_onednn, reason="torch without oneDNN packs nothing")
@@ -214,7 +306,7 @@ def test_demo_prints_its_verdict(capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", (
     (["--d_model", "0"], "--d_model, --megabytes and --repeats must be at least 1, got 0, 400 and 5"),
-    (["--d_model", "1000000"], "two matrices of --d_model 1000000 take 32,000 GB: choose a smaller one")))
+    (["--d_model", "1000000"], "2 matrices of --d_model 1000000 take 32,000 GB: lower --d_model or --megabytes")))
 def test_what_cannot_be_measured_is_refused_in_one_line(flags, message):
     done = run_program(["few_rows.py", *flags])
     assert done.returncode == 2 and done.stderr == f"few_rows.py: {message}\n"

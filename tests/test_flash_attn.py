@@ -1,5 +1,6 @@
 """Tiled attention against brute force in float64 and torch's own; merging, memory, kernels, and all that can be asked."""
 
+import functools
 import math
 import sys
 
@@ -434,14 +435,29 @@ def test_any_integer_is_a_seed(seed):
     assert abs((found == 0).double().mean() - 0.5) < 0.03 and not torch.equal(found, other)  # 6 deviations
 
 
-def test_compiled_is_the_same():
-    q, k, v, *_ = problem(6, 6, dtype=torch.float32)
+@pytest.mark.parametrize("dtype, options", ((torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"window": 3})), ids=str)
+def test_compiled_is_the_same(dtype, options):
+    q, k, v, *_ = problem(6, 6, dtype=dtype)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v: flash_attention(q, k, v) * 2, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v) * 2)
+    compiled = torch.compile(lambda q, k, v: flash_attention(q, k, v, **options) * 2, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v, **options) * 2)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.testing.assert_close(torch.autograd.grad(compiled(*leaves).sum(), leaves),
-                               torch.autograd.grad(flash_attention(*leaves).sum() * 2, leaves))
+                               torch.autograd.grad(flash_attention(*leaves, **options).sum() * 2, leaves))
+
+
+@pytest.mark.parametrize("rounded", (False, True))
+@pytest.mark.parametrize("changes", ({}, {"scale": 0.0}, {"scale": -0.3}, {"soft_cap": 3.0}, {"scale": 0.0, "soft_cap": 3.0}), ids=str)
+def test_memory_that_held_nan_does_not_show(changes, rounded, monkeypatch):
+    """Tiles are written into memory as it comes; with rounded products, as AMX and tensor cores have them, too."""
+    monkeypatch.setattr(flash_attn, "_multiplies", lambda device, dtype: rounded)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **kind: empty(*sizes, **kind).fill_(math.nan))
+    *qkv, grad_out, grad_lse = problem(70, 70, Dh=16, dtype=torch.bfloat16)
+    exact = with_gradients(naive_attention_with_lse, *(x.double() for x in (*qkv, grad_out, grad_lse)), **changes)
+    found = with_gradients(functools.partial(flash_attention_with_lse, backend="tiled"), *qkv, grad_out, grad_lse, **changes)
+    for a, b in zip(found, exact):
+        assert size(a - b) <= 0.03 * size(b) + 1e-6  # a few roundings of bf16
 
 
 @pytest.mark.parametrize("changes, message", [
