@@ -65,7 +65,9 @@ def visible(options: Options, T: int, S: int, rows: range, columns: range, devic
         return None
     position = torch.arange(first, last + 1, device=device)[:, None]  # (rows, 1)
     key = torch.arange(columns.start, columns.stop, device=device)  # (columns,)
-    mask = ((key < position + after) & (key > position - window))[None]  # (1, rows, columns)
+    mask = (key < position + after)[None]  # (1, rows, columns)
+    if options.window is not None:
+        mask = mask & (key > position - window)
     if options.ids is not None:
         mask = mask & (options.ids[:, first:last + 1, None] == options.ids[:, None, columns.start:columns.stop])
     return mask
@@ -236,7 +238,8 @@ class _Tiling:
         if o.bias is not None:
             full += self.bias_of(o.bias, at, columns)
         if mask is not None:
-            full.masked_fill_(~mask[:, None, None], -math.inf)
+            hidden = s.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)  # (b | 1, rows, columns)
+            full += hidden[:, None, None]  # to fill all heads would take three times as long
         return s, slope
 
     def bias_of(self, bias: Tensor, at: _Tile, columns: range) -> Tensor:

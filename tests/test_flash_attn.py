@@ -329,7 +329,7 @@ def test_torchs_cpu_kernel_matches_the_tiles(T, S, is_causal, dtype):
 
 def test_auto_takes_torchs_kernel_where_it_can_and_tiles_where_it_must(monkeypatch):
     chosen = []
-    monkeypatch.setattr(flash_attn._FlashAttention, "apply", lambda *x: chosen.append(x[-1]) or (x[0], x[0]))
+    monkeypatch.setattr(flash_attn._FlashAttention, "apply", lambda *x: chosen.append(x[-2]) or (x[0], x[0]))
     q, k, v, *_ = problem(4, 4)
     for options in ({}, {"is_causal": False}, {"window": 2}, {"soft_cap": 1.0}, {"dropout": 0.1}, {"scale": 0.3},
                     {"scale": -0.3}, {"scale": 0.0}):
