@@ -47,8 +47,9 @@ def test_fast_linear_matches_torch_at_every_number_of_rows(dtype, tolerance, cap
 
 @pytest.mark.parametrize("P", [1, 2])
 @torch.inference_mode()
-def test_what_linear_refuses_is_refused_and_what_it_converts_converted(P, threads):
+def test_what_linear_refuses_is_refused_and_what_it_converts_converted(P, threads, monkeypatch):
     """Also where a weight is cut and no product would notice: 600 numbers for a width of 512, or one."""
+    monkeypatch.setattr(few_rows, "_leaves_rows_to_one_core", lambda: True)
     threads(P)
     weight, bias = torch.randn(512, 512), torch.randn(512)
     for layout in (weight, weight.t().contiguous().t()):
@@ -96,7 +97,8 @@ def test_a_row_in_parts_matches_torch(P, out, width, threads):
 
 
 @pytest.mark.parametrize("columns", [False, True])
-def test_generation_on_several_cores_matches_one(columns, threads):
+def test_generation_on_several_cores_matches_one(columns, threads, monkeypatch):
+    monkeypatch.setattr(few_rows, "_leaves_rows_to_one_core", lambda: True)
     # 512 x 512 is the least matrix that is cut
     model, took = GPT(GPTConfig(1001, 32, 1, 2, 512), generator=torch.Generator().manual_seed(0)).eval(), []
     if columns:
@@ -125,6 +127,7 @@ def test_one_row_layout_keeps_the_values():
 def test_a_row_product_matches_torch(dtype, tolerance, capability, P, threads, monkeypatch):
     """On both sides of the size from which a product is cut, 2^18 numbers; a matrix by rows, by columns, and a part of one."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(few_rows, "_leaves_rows_to_one_core", lambda: capability == "AVX2")
     threads(P)
     generator = torch.Generator().manual_seed(0)
     for out, width in ((40, 24), (600, 500)):
@@ -234,7 +237,8 @@ def test_copies_are_dropped_where_packing_is_interrupted_and_where_two_threads_p
 
 
 @pytest.mark.parametrize("P", [1, 2])
-def test_a_model_in_mid_stream_can_be_trained_and_keeps_a_forward_of_its_own(P, threads):
+def test_a_model_in_mid_stream_can_be_trained_and_keeps_a_forward_of_its_own(P, threads, monkeypatch):
+    monkeypatch.setattr(few_rows, "_leaves_rows_to_one_core", lambda: True)
     threads(P)
     model, calls = wide(), []
     up = model.blocks[0].mlp.up
