@@ -94,7 +94,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> 
     scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, H, T, S)
     if is_causal and T > 1:
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        scores.masked_fill_(future, float("-inf"))
+        scores = scores.masked_fill(future, float("-inf"))
     return torch.softmax(scores, -1) @ v
 
 
@@ -108,6 +108,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal and T == S > 1,
                                           enable_gqa=q.size(1) != k.size(1))
+
+
+def unfused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+    """``attention`` by two products and a softmax, scale and mask inside the first product: fewer passes over the
+    T x S matrix than the formula takes. In bf16 on a CPU, where the fused kernel's backward is slow, it is the fastest
+    for short T. Logits must be finite, hidden ones, too."""
+    (B, H, T, Dh), (Hkv, S) = q.shape, k.shape[1:3]
+    k, v = k.reshape(B * Hkv, S, Dh), v.reshape(B * Hkv, S, Dh)
+    mask = q.new_zeros(1, 1)
+    if is_causal and T > 1:
+        mask = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(S - T + 1)
+        mask = mask.repeat(H // Hkv, 1)  # (G T, S): queries of the heads that share keys are rows of one product
+    scores = torch.baddbmm(mask, q.reshape(B * Hkv, -1, Dh), k.mT, alpha=Dh ** -0.5)  # (B Hkv, G T, S)
+    return (torch.softmax(scores, -1) @ v).view(B, H, T, Dh)
 
 
 class LayerCache:

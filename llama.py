@@ -201,7 +201,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> 
     scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, H, T, S)
     if is_causal and T > 1:
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        scores.masked_fill_(future, float("-inf"))
+        scores = scores.masked_fill(future, float("-inf"))
     return torch.softmax(scores, -1) @ v
 
 

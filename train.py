@@ -81,9 +81,9 @@ def decay(p: nn.Parameter, c: TrainConfig) -> dict:
 
 
 def pick_attention(device: torch.device, context: int, precision: str) -> Callable:
-    """In bf16 on a CPU the fused kernel's backward is slow: for short sequences the plain formula beats it."""
+    """In bf16 on a CPU the fused kernel's backward is slow: for short sequences plain products beat it."""
     slow = device.type == "cpu" and precision == "bf16" and context <= 256
-    return gpt.naive_attention if slow else gpt.attention
+    return gpt.unfused_attention if slow else gpt.attention
 
 
 class Trainer:

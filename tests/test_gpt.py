@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
-from gpt import GPT, GPTConfig, attention, count_parameters, flops_per_token, naive_attention, next_token_loss
+from gpt import GPT, GPTConfig, attention, count_parameters, flops_per_token, naive_attention, next_token_loss, unfused_attention
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
 
@@ -122,29 +122,37 @@ def test_attention_matches_brute_force(T, S, causal):
         seen = S - T + t + 1 if causal else S  # queries are the last T positions
         weights = torch.tensor([math.exp(q[b, h, t] @ k[b, h, s] / math.sqrt(8)) for s in range(seen)], dtype=q.dtype)
         expected[b, h, t] = (weights / weights.sum()) @ v[b, h, :seen]
-    for function in (naive_attention, attention):
+    for function in (naive_attention, attention, unfused_attention):
         torch.testing.assert_close(function(q, k, v, is_causal=causal), expected, atol=1e-12, rtol=0)
 
 
 def test_attention_gradients_agree():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64, generator=g, requires_grad=True) for n in (3, 5, 5))
-    grads = [torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (naive_attention, attention)]
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    expected, *others = [torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v))
+                         for f in (naive_attention, attention, unfused_attention)]
+    for grads in others:
+        for a, b in zip(grads, expected):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-def test_attention_shares_key_heads():
+@pytest.mark.parametrize("function", [attention, unfused_attention])
+@pytest.mark.parametrize("T, causal", [(5, True), (3, True), (1, True), (3, False)])
+def test_attention_shares_key_heads(function, T, causal):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, 5, 4, generator=g) for h in (6, 2, 2))
-    torch.testing.assert_close(attention(q, k, v),
-                               naive_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)), atol=1e-6, rtol=0)
+    q, k, v = (torch.randn(2, *shape, 4, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((6, T), (2, 5), (2, 5)))
+    expected = naive_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), causal)
+    found = function(q, k, v, causal)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (found, expected))):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 def test_a_model_with_another_attention_is_the_same_model():
     x = tokens_of(2, 10)
-    a, b = (GPT(TINY, f, torch.Generator().manual_seed(0)) for f in (attention, naive_attention))
+    a, b, c = (GPT(TINY, f, torch.Generator().manual_seed(0)) for f in (attention, naive_attention, unfused_attention))
     torch.testing.assert_close(a(x), b(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(a(x), c(x), atol=1e-5, rtol=0)
 
 
 def test_no_token_sees_the_future():
