@@ -9,8 +9,8 @@ Shapes    out/sft, out/reward, out/ppo, out/dpo, out/grpo: checkpoints as train.
           out/sft/preferences.jsonl: {"prompt", "chosen", "rejected", "held_out"}; out/evaluation.json: the table
           processes: --tp of them share every matrix, --zero divides what is trained over the others (team.py)
 Omits     bf16, pipelines, ZeRO for reference and judge (tp cuts them too), adapters, several rounds of labelling.
-Run       python alignment.py --init out/pretrain          all stages, on what train.py wrote: 6 minutes
-          torchrun --standalone --nproc_per_node=2 alignment.py --init out/pretrain   the same on two: 3 minutes
+Run       python alignment.py --init out/pretrain          all stages, on what train.py wrote: 3 to 6 minutes
+          torchrun --standalone --nproc_per_node=2 alignment.py --init out/pretrain   the same on two: 2 to 3 minutes
           python alignment.py --init out/sft --stages dpo    one stage from a fine-tuned model
           Ends with "aligned in ... s; ... win rate against SFT: ..."
 Test      pytest tests/test_alignment.py

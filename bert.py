@@ -13,7 +13,7 @@ Shapes    tokens, segments, real (B, T) -> x (B, T, D) -> masked (B, T, V) or (N
           spans (B, T, 2), tags (B, T, n_labels).  A row is [CLS] A [SEP] or [CLS] A [SEP] B [SEP], padding behind.
 Omits     multiple choice; decoders made of BERT; models without next-sentence head. Text becomes ids in wordpiece.py,
           ids become gaps and pairs in masked_lm.py, rows of the four tasks in finetune.py.
-Run       python bert.py   pre-trains on Python's documentation, fine-tunes four heads: about 5 minutes on two cores;
+Run       python bert.py   pre-trains on Python's documentation, fine-tunes four heads: 2 to 5 minutes on two cores;
           Ends with "transfer: ..."
 Test      pytest tests/test_bert.py
 """

@@ -118,7 +118,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "tiny_cpu": {},  # the defaults: two minutes on two cores
+    "tiny_cpu": {},  # the defaults: 1 to 2 minutes on two cores
     "llama_tiny": dict(model="llama", n_kv_heads=2),
     "moe_tiny": dict(model="moe", n_kv_heads=2, d_ff=128),
     # Llama 3.2 1B's sizes with another vocabulary; 20 tokens per parameter (Hoffmann et al. 2022).

@@ -7,6 +7,7 @@ Formula   log p(x_1 ... x_T) = sum_{t >= 2} log p(x_t | x_<t)
           sampling     x_t ~ softmax(filter(logits / temperature))      temperature 0: x_t = argmax logits
           beam search  argmax of log p(continuation) / length^length_penalty, over the best few prefixes
 Shapes    tokens (B, T) -> logits (B, V) of the last position -> next tokens (B,)
+Also      few_rows.py, if it is in the same folder: faster products on a CPU.
 Omits     a draft that guesses ahead (speculative.py has it), typical and contrastive sampling, constrained
           grammars, continuous batching.
 Run       python decode.py               a tiny model is trained, then decoded: 10 s on one core;

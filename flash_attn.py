@@ -238,8 +238,9 @@ class _Tiling:
         if o.bias is not None:
             full += self.bias_of(o.bias, at, columns)
         if mask is not None:
-            hidden = s.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)  # (b | 1, rows, columns)
-            full += hidden[:, None, None]  # to fill all heads would take three times as long
+            # The smaller of a logit and inf or -inf: to fill all heads would take three times as long.
+            most = s.new_full(mask.shape, math.inf).masked_fill_(~mask, -math.inf)  # (b | 1, rows, columns)
+            torch.minimum(full, most[:, None, None], out=full)
         return s, slope
 
     def bias_of(self, bias: Tensor, at: _Tile, columns: range) -> Tensor:

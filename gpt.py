@@ -113,14 +113,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor
 def unfused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
     """``attention`` by two products and a softmax, scale and mask inside the first product: fewer passes over the
     T x S matrix than the formula takes. In bf16 on a CPU, where the fused kernel's backward is slow, it is the fastest
-    for short T. Logits must be finite, hidden ones, too."""
+    for training on short T; as in the formula, logits are rounded to bf16. All must be finite, hidden ones, too."""
     (B, H, T, Dh), (Hkv, S) = q.shape, k.shape[1:3]
+    if is_causal and T > S:
+        raise ValueError(f"{T} queries cannot be the last of {S} positions")
     k, v = k.reshape(B * Hkv, S, Dh), v.reshape(B * Hkv, S, Dh)
     mask = q.new_zeros(1, 1)
     if is_causal and T > 1:
         mask = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(S - T + 1)
         mask = mask.repeat(H // Hkv, 1)  # (G T, S): queries of the heads that share keys are rows of one product
-    scores = torch.baddbmm(mask, q.reshape(B * Hkv, -1, Dh), k.mT, alpha=Dh ** -0.5)  # (B Hkv, G T, S)
+    scores = torch.baddbmm(mask, q.reshape(B * Hkv, H // Hkv * T, Dh), k.mT, alpha=Dh ** -0.5)  # (B Hkv, G T, S)
     return (torch.softmax(scores, -1) @ v).view(B, H, T, Dh)
 
 

@@ -7,7 +7,7 @@ Formula   L(N, D) = E + A / N^alpha + B / D^beta                               C
           Both are fitted; the one that fits the ladder better is read at the larger N.
 Shapes    runs (n, 3): N parameters with embeddings, D tokens, held-out loss in nats per token
 Omits     a search for each width's best learning rate; several seeds.
-Run       python ladder.py    a law, a prediction, its test: five minutes on two cores; also python scaling.py --measure
+Run       python ladder.py    a law, a prediction, its test: 2 to 5 minutes; also python scaling.py --measure
           Ends with "predicted loss ..., actual ...: ..."
 Test      pytest tests/test_ladder.py
 """

@@ -17,14 +17,14 @@ Shapes    prompts and responses: lists of ids, ragged -> tokens, mask (B, T), 1.
   3         self-training    2's own right answers, with general data, from base    600k + 200k samples
   4         diverse RL       checked answers, and a learned reward for the rest     helpfulness, harmlessness
 
-Also      measured: the whole demo, 500 held-out chains of 6 operations, 135 s on two cores. Direct answers 0.108,
-          worked steps 1.000. Base 0.144, zero 0.548; cold start 0.452, after RL 0.876 (length 8.8 -> 13.0), phase 3
-          0.918, phase 4 0.938; RL with a random reward 0.178. One of 16 samples of phase 2's model 0.871, their
-          majority 1.000: 12.9 points. With --seed 3 and 4: cold start 0.592 and 0.466, after RL 0.930 and 0.894; one
-          sample 0.913 and 0.891, majority 1.000 and 0.998. RL and votes share what is between cold start and 1: each
-          step gives to the one and takes from the other. By steps of RL, one sample of 250 (seeds 0 and 1): cold start
-          0.485 and 0.566; 4: 0.698, 0.767; 8: 0.878, 0.916; 12: 0.930, 0.953, where the majority of 16, 1.000, is but
-          4.7 points above with seed 1. So the demo takes 7.
+Also      measured: the whole demo, 500 held-out chains of 6 operations, 64 s on two cores. Direct answers 0.108,
+          worked steps 1.000. Base 0.148, zero 0.746; cold start 0.524, after RL 0.906 (length 9.5 -> 13.2), phase 3
+          0.964, phase 4 0.954; RL with a random reward 0.168. One of 16 samples of phase 2's model 0.905, their
+          majority 1.000: 9.5 points. On an older CPU with --seed 3 and 4: cold start 0.592 and 0.466, after RL 0.930
+          and 0.894; one sample 0.913 and 0.891, majority 1.000 and 0.998. RL and votes share what is between cold
+          start and 1: each step gives to the one and takes from the other. There, by steps of RL, one sample of 250
+          (seeds 0 and 1): cold start 0.485 and 0.566; 4: 0.698, 0.767; 8: 0.878, 0.916; 12: 0.930, 0.953, where the
+          majority of 16, 1.000, is but 4.7 points above with seed 1. So the demo takes 7.
 
 Omits     other tasks than chains, which is all that this model learns in minutes (puzzles.py makes harder ones);
           the language-consistency reward, a judge model in phase 3, distillation, levels that grow with the model.

@@ -13,7 +13,7 @@ Omits     laws of the loss (scaling_laws.py, ladder.py) and layouts on a cluster
 Run       python scaling.py                                 the tables, and every number of the lectures
           python scaling.py --gpu v100 --gpus 64            does it fit, with which ZeRO stage?
           python scaling.py --fit runs.csv                  the three methods of Chinchilla on columns N, D, loss
-          python scaling.py --measure                       our own law: five minutes on two cores
+          python scaling.py --measure                       our own law: 2 to 5 minutes on two cores
           python scaling.py --plan llama3_405b --gpus 16384 --gpu h100 --tokens 15e12
           python scaling.py --validate                      the planner beside published runs
           Ends with "parameters within 0.5% of the published: ..."; a flag, with what its neighbour ends with

@@ -11,7 +11,7 @@ Formula   Attention(Q, K, V) = softmax(Q K^T / sqrt(Dh) + mask) V               
           encoder layer: self-attention, FFN;   decoder layer: causal self-attention, attention to the encoder, FFN
 Shapes    source (B, S), targets (B, T) -> memory (B, S, D) -> logits (B, T, V); right-padded with id ``pad``
 Omits     beam search (decode.py has one); T5's way with the same parts (t5.py has it).
-Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: two minutes
+Run       python transformer.py    translates numbers and dates, beside rnn_nmt.py's translators: 1 to 2 minutes
           Ends with "better than both in both: ..."
           python transformer.py --data fra.tsv    sentence pairs of your own, Tatoeba's say
 Test      pytest tests/test_transformer.py

@@ -4,7 +4,7 @@
                                             "packed" is inside few_rows.packed_weights
     python bench/decode.py --device cuda    each data type against the same
 
-Claims on a CPU: tokens/s at least 1.2 times theirs in fp32 at batch 1 and 8, 1.75 times in bf16 at batch 1.
+Goals on a CPU: tokens/s at least 1.2 times theirs in fp32 at batch 1 and 8, 1.75 times in bf16 at batch 1.
 Runs are interleaved and their medians compared: other load on the machine meets both sides alike.
 """
 

@@ -1,6 +1,6 @@
 """Make the figures that the README shows: each by a program of this project, run on this machine.
 
-    python docs/figures.py                 all of them, about a quarter of an hour on two cores
+    python docs/figures.py                 all of them, five to fifteen minutes on two cores
     python docs/figures.py experts zero    some
 """
 

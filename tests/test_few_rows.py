@@ -271,6 +271,11 @@ def test_a_weight_that_changes_while_it_is_packed_is_noticed():
             generate(model, [[1], [2]], 2)
     with packed_weights(model, 2):
         assert generate(model, [[1], [2]], 4, temperature=0) == generate(other, [[1], [2]], 4, temperature=0)
+    with packed_weights(model, 2), pytest.raises(RuntimeError, match="changed inside packed_weights"):
+        generate(model.double(), [[1], [2]], 2)
+    with packed_weights(model.float(), 2), torch.inference_mode(), fast_layers(model):  # a bias for all, as F.linear takes it
+        x, head = torch.ones(2, 512), model.token_embedding.weight
+        torch.testing.assert_close(FastLinear.linear(x, head, torch.ones(1)), F.linear(x, head, torch.ones(1)))
     with pytest.raises(ValueError, match="rows must be at least 1"), packed_weights(model, 0):
         pass
 

@@ -209,6 +209,16 @@ def test_a_query_is_independent_of_what_comes_after_it():
     assert torch.equal(before[:, :, :8], flash_attention(q, k, v, backend="tiled")[:, :, :8])
 
 
+@pytest.mark.parametrize("rounded", (False, True))
+def test_an_infinite_logit_that_is_hidden_stays_hidden(rounded, monkeypatch):
+    monkeypatch.setattr(flash_attn, "_multiplies", lambda device, dtype: rounded)
+    q, k, v, *_ = problem(12, 12, dtype=torch.bfloat16)
+    q = q.abs()
+    before = flash_attention(q, k, v, backend="tiled")
+    k[:, :, 8:] = math.inf
+    assert torch.equal(before[:, :, :8], flash_attention(q, k, v, backend="tiled")[:, :, :8])
+
+
 def test_dropout_drops_its_share_by_seed_and_place_alone():
     heads = torch.arange(6)
     whole = dropout_factor(Options(dropout=0.2, seed=3), heads, 50, 60, range(50), range(60))

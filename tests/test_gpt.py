@@ -148,6 +148,20 @@ def test_attention_shares_key_heads(function, T, causal):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+def test_unfused_attention_refuses_what_attention_refuses_and_rounds_as_the_formula_does():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 32, 16, generator=g) for h in (4, 2, 2))
+    for function in (attention, unfused_attention):
+        with pytest.raises(ValueError, match="5 queries cannot be the last of 3 positions"):
+            function(q[:, :, :5], k[:, :, :3], v[:, :, :3])
+        assert function(q[:0], k[:0], v[:0]).shape == (0, 4, 32, 16)
+    exact = naive_attention(q.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v)))
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    errors = [(y - exact).square().mean() for y in (naive_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)),
+                                                    unfused_attention(q, k, v))]
+    assert errors[1] <= 1.2 * errors[0]
+
+
 def test_a_model_with_another_attention_is_the_same_model():
     x = tokens_of(2, 10)
     a, b, c = (GPT(TINY, f, torch.Generator().manual_seed(0)) for f in (attention, naive_attention, unfused_attention))

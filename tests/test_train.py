@@ -138,6 +138,12 @@ def test_bf16_learns_nearly_the_same_and_keeps_fp32_weights(unbroken, text, tmp_
     assert all(p.dtype == torch.float32 for p in weights(tmp_path).values())
 
 
+def test_attention_of_short_sequences_in_bf16_on_a_cpu_is_unfused():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert train.pick_attention(cpu, 256, "bf16") is gpt.unfused_attention
+    assert {train.pick_attention(*other) for other in ((cpu, 257, "bf16"), (cpu, 256, "fp32"), (cuda, 256, "bf16"))} == {gpt.attention}
+
+
 @pytest.mark.parametrize("preset", ["llama_tiny", "moe_tiny"])
 def test_every_model_learns_in_bf16_what_it_learns_in_fp32(text, tmp_path, preset):
     """Their groups of heads share keys. bf16 is the default where the CPU multiplies it."""
