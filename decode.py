@@ -22,6 +22,7 @@ import contextlib
 import functools
 import math
 import operator
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -501,6 +502,7 @@ if __name__ == "__main__":
                         help="of sampling and the demo's training (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default %(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks at its first tensor: see few_rows.py
     try:
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:

@@ -243,8 +243,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, start: int | Tensor = 0, cache: LayerCache | None = None) -> Tensor:
         """``start``, the first token's position, is unused: GPT's positions are all in the embedding."""
-        x = x + F.dropout(self.attention(self.norm1(x), cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+        x = x + self.drop(self.attention(self.norm1(x), cache))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+    def drop(self, y: Tensor) -> Tensor:  # while decoding a token even an F.dropout that does nothing takes time
+        return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
 
 class GPT(nn.Module):

@@ -11,6 +11,7 @@ Runs are interleaved and their medians compared: other load on the machine meets
 import argparse
 import contextlib
 import copy
+import os
 import platform
 import statistics
 import sys
@@ -35,6 +36,7 @@ from gpt import GPT, GPTConfig
 
 
 def main(device: str, batches: list[int], new_tokens: int, repeats: int, threads: int | None) -> None:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as decode.py sets it; both sides' weights lie in large pages
     if threads:
         torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()

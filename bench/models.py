@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import os
 import platform
 import statistics
 import sys
@@ -227,6 +228,8 @@ def compare_decoding(case: Case, new_tokens: int, rounds: int) -> None:
 
 def main(models: list[str], only: str | None, device: str, batch: int, length: int, new_tokens: int, rounds: int,
          threads: int | None) -> None:
+    if only == "decoding":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as decode.py sets it; both sides' weights lie in large pages
     if threads:
         torch.set_num_threads(threads)
     device = torch.device(device)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import runpy
 import shutil
 import sys
@@ -445,3 +446,12 @@ def test_program_alone_in_a_folder_on_an_ascii_terminal(run_directory, tmp_path,
         assert status == 2 and error.startswith("decode.py: No module named 'gpt'") and error.count("\n") == 1
     status, shown, error = run("--checkpoint", run_directory, "--prompt", "é")
     assert status == 0 and shown.startswith("?") and error == ""
+
+
+def test_program_asks_for_large_pages_before_the_first_tensor(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")  # and put back as it was, after the test
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--checkpoint", "nowhere"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(decode.__file__, run_name="__main__")
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"

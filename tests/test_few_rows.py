@@ -88,7 +88,7 @@ def test_decoding_leaves_linear_alone_for_everyone_else(monkeypatch):
 def test_a_row_in_parts_matches_torch(P, out, width, threads):
     threads(P)
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, width, dtype=torch.float64, generator=generator) for n in (1, out))
+    x, weight = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((width,), (out, width)))
     bias = torch.randn(out, dtype=torch.float64, generator=generator)
     for layout in (weight, weight.t().contiguous().t(), weight.repeat(2, 2)[::2, :width]):
         for b in (None, bias):
@@ -131,13 +131,13 @@ def test_a_row_product_matches_torch(dtype, tolerance, capability, P, threads, m
     threads(P)
     generator = torch.Generator().manual_seed(0)
     for out, width in ((40, 24), (600, 500)):
-        x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, width), (out,)))
+        x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((width,), (out,)))
         weight = (torch.randn(out, width, generator=generator) / width**0.5).to(dtype)
         for layout in (weight, weight.t().contiguous().t(), weight[:, ::2]):
             for b in (None, bias):
-                row = x[:, :layout.size(1)]
+                row = x[:layout.size(1)]
                 y = row_product(layout, b)(row)
-                assert y.dtype == dtype and y.shape == (1, out)
+                assert y.dtype == dtype and y.shape == (out,)
                 torch.testing.assert_close(y, F.linear(row, layout, b), atol=tolerance, rtol=tolerance)
 
 
