@@ -4,7 +4,7 @@ Idea      A base model is shown answers (sft). It answers, a labeller says which
           model learns that (reward). Then the policy learns: from rewards of answers that it writes itself, by PPO or
           GRPO, or from the labelled pairs alone (dpo). At the end all are judged on questions that none has seen.
 Formula   of the stages: stages.py.   win rate = P(gold > SFT's) + P(equal) / 2, per question
-          95 % interval of a mean: +- 1.96 s / sqrt(n)
+          95% interval of a mean: +- 1.96 s / sqrt(n)
 Shapes    out/sft, out/reward, out/ppo, out/dpo, out/grpo: checkpoints as train.py's, metrics.jsonl;
           out/sft/preferences.jsonl: {"prompt", "chosen", "rejected", "held_out"}; out/evaluation.json: the table
           processes: --tp of them share every matrix, --zero divides what is trained over the others (team.py)
@@ -227,7 +227,7 @@ def _write_whole(path: Path, text: str) -> None:
 def evaluate_policies(config: AlignConfig, team, questions: Questions, pairs: tuple[list, list],
                       models: dict[str, str], reward_model: str | None) -> list[dict]:
     """One line per model: held-out loss, and of its sampled answers to the held-out questions the gold reward with its
-    95 % interval, how often it beats SFT's, the reward model's score, KL from SFT in nats per answer, length in tokens.
+    95% interval, how often it beats SFT's, the reward model's score, KL from SFT in nats per answer, length in tokens.
 
     ``models``: name -> directory; "sft" is one of the names.
     """

@@ -1,6 +1,6 @@
 """BERT: a bidirectional encoder, pre-trained by filling gaps, then fine-tuned.   Devlin et al. 2019 (1810.04805)
 
-Idea      A model that reads in both directions cannot be trained to predict the next token: it sees it. So hide 15 %
+Idea      A model that reads in both directions cannot be trained to predict the next token: it sees it. So hide 15%
           of the tokens and let it guess them from both sides; and let it tell whether one text follows another.
           What it learns from text without labels is then fine-tuned, with one new layer, on a task with few.
 Formula   x   = LayerNorm(E_token + E_position + E_segment)
@@ -293,7 +293,7 @@ class BERTForPretraining(_Pretrained):
                 hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-> masked (B, T, V), next (B, 2): logits that B does, and does not, follow A.
 
-        hidden (B, T) bool: compute logits at these N positions alone, (N, V): 15 % of the work of the widest layer.
+        hidden (B, T) bool: compute logits at these N positions alone, (N, V): 15% of the work of the widest layer.
         """
         x = self.bert(tokens, segments, real)
         y = x if hidden is None else x[hidden]  # (N, D)

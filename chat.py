@@ -183,7 +183,7 @@ def pack_examples(examples: Sequence[Example], context: int,
     keeps them apart. ValueError if there are none, or one is empty or longer than the context.
 
     Widths T from the longest example to four times that, at most the context, are tried: attention costs R T^2, the
-    rest R T, so the narrowest is taken that has within 3 % of the fewest places.
+    rest R T, so the narrowest is taken that has within 3% of the fewest places.
     """
     from packing import pack_best_fit
     if not examples or any(not tokens or len(tokens) != len(mask) for tokens, mask in examples):

@@ -24,7 +24,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -348,7 +348,7 @@ def beam_search(model: nn.Module, prompt: Sequence[int], beams: int, max_new_tok
 # --- 7. program and demo ---------------------------------------------------------------------
 
 def load_model(directory: str | Path, device: str = "cpu"):
-    """(model, encoding) of a training run's directory, one of its checkpoints, or a Hugging Face directory.
+    """(model, encoding) of a training run's directory, one of its checkpoints, or a directory of Hugging Face or Meta.
 
     Raises ValueError if there is no such directory, or it holds no model and the tokenizer it was trained with.
     """
@@ -356,7 +356,7 @@ def load_model(directory: str | Path, device: str = "cpu"):
     import models
     import tokenizer
     directory = Path(directory)
-    if (directory / "config.json").exists():
+    if (directory / "config.json").exists() or (directory / "params.json").exists():
         model, encoding = models.from_pretrained(directory), tokenizer.load(directory)
     elif directory.is_dir():
         path = checkpoint.latest(directory)
@@ -388,8 +388,8 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
     if chat and newest < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room in a context of "
                          f"{model.config.context}: take fewer")
-    if chat and "<|assistant|>" in encoding.special_tokens_set:  # alignment.py has taught it whose turn it is
-        return _take_turns(model, encoding, max_new_tokens, newest, generator, sampling)
+    if chat and (template := _template(encoding)):
+        return _take_turns(model, encoding, template, max_new_tokens, newest, generator, sampling)
     shown = text = sys.stdin.read() if prompt == "-" else prompt or ""
     while True:
         if chat:
@@ -409,11 +409,23 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
             return
 
 
-def _take_turns(model: nn.Module, encoding, max_new_tokens: int, newest: int, generator: torch.Generator,
-                sampling: dict) -> None:
-    """A conversation in chat.py's template; its oldest turns leave a context of ``newest`` tokens first."""
-    from chat import END, answer_text, render_prompt
-    messages, end = [], encoding.encode_single_token(END)
+def _template(encoding) -> tuple[Callable, list[int]] | None:
+    """(encoding, messages -> tokens, up to where the answer begins; the tokens that end it), if the vocabulary has the
+    control tokens of a chat template."""
+    if "<|assistant|>" in encoding.special_tokens_set:  # alignment.py has taught it whose turn it is
+        from chat import END, render_prompt
+        return render_prompt, [encoding.encode_single_token(END)]
+    if "<|start_header_id|>" in encoding.special_tokens_set:
+        from llama_chat import chat_stop_tokens, chat_tokens
+        return chat_tokens, chat_stop_tokens(encoding)
+    return None
+
+
+def _take_turns(model: nn.Module, encoding, template: tuple[Callable, list[int]], max_new_tokens: int, newest: int,
+                generator: torch.Generator, sampling: dict) -> None:
+    """A conversation in its template; its oldest turns leave a context of ``newest`` tokens first."""
+    messages, (render, ends) = [], template
+    silent = {encoding.encode_single_token(token) for token in encoding.special_tokens_set} - set(ends)
     while True:
         print("You: ", end="", flush=True)
         line = sys.stdin.readline()
@@ -422,18 +434,18 @@ def _take_turns(model: nn.Module, encoding, max_new_tokens: int, newest: int, ge
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.strip()})
-        while len(tokens := render_prompt(encoding, messages)) > newest:
+        while len(tokens := render(encoding, messages)) > newest:
             if len(messages) == 1:
                 raise ValueError(f"a line of {len(tokens)} tokens does not fit: {newest} are free beside the answer: "
                                  "shorten it, or take fewer --max_new_tokens")
             del messages[:2]
-        new = []
-        drawn = stream(model, tokens, max_new_tokens, stop_tokens=[end], generator=generator, **sampling)
+        drawn, answer = stream(model, tokens, max_new_tokens, stop_tokens=ends, generator=generator, **sampling), ""
         print("Model: ", end="")
-        for piece in decode_stream((new.append(token) or token for token in drawn), encoding, [], [end]):
+        for piece in decode_stream((token for token in drawn if token not in silent), encoding, [], ends):
             print(piece, end="", flush=True)
+            answer += piece
         print()
-        messages.append({"role": "assistant", "content": answer_text(encoding, new)})
+        messages.append({"role": "assistant", "content": answer.strip()})
 
 
 def demo(max_new_tokens: int, seed: int, device: str) -> None:
@@ -488,7 +500,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--checkpoint", help="directory of a run, of one checkpoint, or of a Hugging Face model")
+    parser.add_argument("--checkpoint", help="directory of a run, of one checkpoint, or as Hugging Face or Meta has it")
     parser.add_argument("--prompt", help="text to continue; - reads it from stdin (default: start at end-of-text)")
     parser.add_argument("--chat", action="store_true",
                         help="converse line by line; ends on /exit, Ctrl-D or Ctrl-C")

@@ -46,7 +46,7 @@ def sentences(line: str) -> list[str]:
 
 def hash64(text: str) -> int:
     """64 bits of a text, the same in every process: below 10^8 texts, two that differ agree by chance with less
-    than 0.03 % probability."""
+    than 0.03% probability."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

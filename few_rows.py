@@ -9,7 +9,7 @@ Formula   y = x W^T + b: 2 R in out operations on in out s bytes of weights (s b
           seconds >= in out s / bandwidth: N parameters give at most bandwidth / (N s) tokens/s at R = 1 row
 Shapes    x (..., in), W (out, in), b (out,) -> y (..., out); R is the product of the sizes in ...
 Also      THP_MEM_ALLOC_ENABLE=1 in the environment before torch's first tensor (decode.py sets it): on Linux large
-          tensors then lie in pages of 2 MB instead of 4 KB, and weights are read 3 to 8 % faster.
+          tensors then lie in pages of 2 MB instead of 4 KB, and weights are read 3 to 8% faster.
 Omits     quantised weights (fewer bytes, another model), products in a GPU's kernels.
 Run       python few_rows.py               GB/s of every way at 1, 2, 8, 32 rows, beside the memory's: 20 s;
                                            ends with "max |fast - x W^T| = ...: OK"
@@ -36,8 +36,8 @@ from torch.overrides import TorchFunctionMode
 # --- 1. one row ------------------------------------------------------------------------------
 
 def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A function from one row x (in,) to W x + b (out,), the fastest for this weight (out, in) and for torch's number of
-    threads now. For inference: it keeps views of the weight."""
+    """A function from one row x (in,) to W x + b (out,), the fastest for this weight (out, in) and for torch's number
+    of threads now. For inference: it keeps views of the weight."""
     if weight.dtype == torch.bfloat16:  # a matrix times a vector reads W up to 1.5 times as fast as two matrices
         by_vector = _has_avx512() and weight.is_contiguous()
     else:

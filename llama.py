@@ -10,7 +10,7 @@ Formula   x = x + W_o Attention(rope(W_q n), rope(W_k n), W_v n),   n = RMSNorm(
           RMSNorm(x)_i = g_i x_i / sqrt(mean_j(x_j^2) + eps),   logits = W_head RMSNorm(x)
 Shapes    tokens (B, T) -> x (B, T, D) -> logits (B, T, V);   cache (B, Hkv, S, Dh) per layer, twice
 Omits     rope scalings other than Llama 3.1's, biases, a cache that forgets what is behind the sliding window;
-          how the published weights are stored: weights.py.
+          how the published weights are stored: weights.py; how a conversation is written: llama_chat.py.
 Run       python llama.py    published sizes, RoPE's property; then a tiny Llama learns by heart: half a minute;
           Ends with "max |cached - uncached logits| = ..."
 Test      pytest tests/test_llama.py
@@ -22,18 +22,14 @@ import argparse
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import tiktoken
 
 
 # --- 1. config ------------------------------------------------------------------------------
@@ -501,46 +497,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
-# --- 6. chat --------------------------------------------------------------------------------
-
-def chat_tokens(encoding: tiktoken.Encoding, messages: Sequence[Mapping[str, str]], answer: bool = True) -> list[int]:
-    """A conversation in Llama 3's format, as token ids; ``encoding`` is Llama 3's, by ``tokenizer.load``.
-
-    <|begin_of_text|>, then for each message {"role": ..., "content": ...}, by "system", "user", "assistant" or
-    "ipython" (a tool): <|start_header_id|>role<|end_header_id|>, two line ends, the stripped content, <|eot_id|>.
-    ``answer`` opens the assistant's next message. A control token that is spelled in a message stays text: no user
-    can end his message and speak as another.
-
-    Raises ValueError for a message of another form, or an encoding without these tokens.
-    """
-    begin, header, end_header, end = _control_tokens(
-        encoding, "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    tokens = [begin]
-    for i, message in enumerate([*messages, {"role": "assistant", "content": ""}] if answer else messages):
-        try:
-            role, content = message["role"], message["content"]
-        except (TypeError, KeyError):
-            role = content = None
-        if not (isinstance(role, str) and role.strip() and isinstance(content, str)):
-            raise ValueError(f"message {i} must be {{'role': str, 'content': str}}, got {message!r:.100}")
-        tokens += [header, *encoding.encode_ordinary(role), end_header, *encoding.encode_ordinary("\n\n"),
-                   *encoding.encode_ordinary(content.strip()), end]
-    return tokens[:-1] if answer else tokens
-
-
-def chat_stop_tokens(encoding: tiktoken.Encoding) -> list[int]:
-    """The ids that end an answer: <|eot_id|>, and <|end_of_text|> if the model thinks that all is said."""
-    return _control_tokens(encoding, "<|eot_id|>", "<|end_of_text|>")
-
-
-def _control_tokens(encoding: tiktoken.Encoding, *names: str) -> list[int]:
-    for name in names:
-        if name not in encoding.special_tokens_set:
-            raise ValueError(f"{encoding.name!r} has no {name}: it is not Llama 3's tokenizer.model")
-    return [encoding.encode_single_token(name) for name in names]
-
-
-# --- 7. demo --------------------------------------------------------------------------------
+# --- 6. demo --------------------------------------------------------------------------------
 
 def main(steps: int, seed: int) -> None:
     if steps < 1 or not 0 <= seed < 2**32:

@@ -6,7 +6,7 @@ Formula   of a row's n ordinary tokens max(1, round(0.15 n)) are chosen; each be
           any token with 0.1, and stays with 0.1
           loss = mean over chosen t of -log p(token_t | what is seen)  +  mean of -log p(B follows A, or not)
 Shapes    documents of sentences of ids -> pairs (A, B, label) -> tokens, segments, real, targets (B, T), labels (B,)
-Omits     the paper's curriculum (90 % of steps at length 128) and its 10 % of short pairs.
+Omits     the paper's curriculum (90% of steps at length 128) and its 10% of short pairs.
 Run       python masked_lm.py     what is hidden of Python's documentation: 10 s; ends with "chosen ... %: [MASK] ..."
 Test      pytest tests/test_masked_lm.py
 """
@@ -69,7 +69,7 @@ def mask_tokens(tokens: Tensor, special: Special, vocab_size: int, generator: to
     """Hide tokens for the model to guess.   section 3.1, appendix A.1
 
     Of each row's n tokens that are neither special nor padding, max(1, round(rate n)) are chosen at random. A chosen
-    one becomes [MASK] (80 %), any token (10 %) or stays (10 %): fine-tuning has no [MASK], so none can be trusted.
+    one becomes [MASK] (80%), any token (10%) or stays (10%): fine-tuning has no [MASK], so none can be trusted.
 
     Args:
         tokens: (B, T).

@@ -108,12 +108,14 @@ def balancing_loss(model: nn.Module) -> torch.Tensor | float:
 
 
 def from_pretrained(directory: str | Path) -> nn.Module:
-    """The model in a Hugging Face directory, by its config.json's ``model_type``.
+    """The model in a Hugging Face directory, by its config.json's ``model_type``, or in one of Meta's (a Llama).
 
     Raises ValueError if it is damaged, or no model that is here.
     """
+    config = Path(directory) / "config.json"
     try:
-        kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
+        is_meta = not config.exists() and config.with_name("params.json").exists()
+        kind = "llama" if is_meta else json.loads(config.read_text()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{directory}: config.json: {error}") from None
     if kind == "gpt2":

@@ -436,7 +436,8 @@ if __name__ == "__main__":
                         help="order of the operations (default %(default)s)")
     parser.add_argument("--stages", type=int, default=2, help="ranks of the pipeline (default %(default)s)")
     parser.add_argument("--microbatches", type=int, default=4, help="of a step (default %(default)s)")
-    parser.add_argument("--chunks", type=int, default=1, help="stages a rank, for interleaved (default %(default)s)")
+    parser.add_argument("--chunks", type=int, default=1,
+                        help="stages a rank, v, for interleaved (default %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the measured timeline (needs matplotlib)")
     parser.add_argument("--simulate", action="store_true",
                         help="run nothing: predict a 175B model on --ranks GPUs")

@@ -237,7 +237,7 @@ def draw(path: str, timelines: dict[str, list[Timed]]) -> None:
 @dataclass(frozen=True)
 class Cluster:
     """Compute and links of a GPU, per second. The defaults are an A100's (312 TFLOP/s in bf16, NVLink 3) with one
-    200 Gbit/s InfiniBand port each; a large matrix product reaches some 60 % of the peak there."""
+    200 Gbit/s InfiniBand port each; a large matrix product reaches some 60% of the peak there."""
     flops: float = 0.6 * 312e12
     inside_node: float = 250e9  # bytes, each direction, as all-reduces see it
     between_nodes: float = 22e9
@@ -275,7 +275,7 @@ class Step:
     bubble: float
     bytes_inside: float
     bytes_between: float
-    mfu: float  # of the peak that Cluster's flops are 60 % of
+    mfu: float  # of the peak that Cluster's flops are 60% of
 
 
 def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Cluster(), name: str = "") -> Step:
@@ -283,9 +283,9 @@ def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Clus
     messages between stages, and behind it the all-reduce of the gradients, nothing of which overlaps.
 
     Beside Narayanan et al. 2021, table 1, who count the recomputed forward too (4/3 of this MFU): 175B on 1024 A100s
-    50 % of the peak, published 45; 1T on 3072 50 %, published 52. The timeline alone, beside small pipelines that ran,
-    given the times of their operations: within 25 % of a step (tests/test_pipeline.py). Beside 2 processes on a CPU,
-    given their speed and links: within 20 %, dp -5 %, tp -16 %, pp -5 % (bench/parallel.py --only simulate).
+    50% of the peak, published 45; 1T on 3072 50%, published 52. The timeline alone, beside small pipelines that ran,
+    given the times of their operations: within 25% of a step (tests/test_pipeline.py). Beside 2 processes on a CPU,
+    given their speed and links: within 20%: dp -5%, tp -13%, pp -3% (bench/parallel.py --only simulate).
 
     Raises ValueError for a layout that does not fit the model or the batch.
     """
@@ -373,7 +373,7 @@ def main(options: argparse.Namespace) -> None:
         print(f"{name}: bubble {found:.4f}, formula {expected:.4f}; microbatches held "
               f"{[peak_held(ops) for ops in ranks]}" + (" of stages of half the size" if v == 2 else ""))
         print(draw_text(times))
-        timelines[name + " (two chunks a rank)" * (v == 2)] = times
+        timelines[name + " (two stages a rank)" * (v == 2)] = times
     if options.plot:
         draw(options.plot, timelines)
         print(f"drawn: {options.plot}")

@@ -27,9 +27,9 @@ from typing import Any
 
 # The only constants beside the chips' data, the same for every chip and run. Adjusted after seeing runs: a first draft
 # had one pair of shares for all chips, 0.75 of the peak for products and 0.5 for attention, and planned Llama 3's runs
-# 19.5, 15.5 and 23 % too fast. The measured shares of each chip (scaling.ACCELERATORS) replaced the pair; MATMUL keeps
+# 19.5, 15.5 and 23% too fast. The measured shares of each chip (scaling.ACCELERATORS) replaced the pair; MATMUL keeps
 # the A100 at about 0.75. So Llama 3 is no blind test of the shares: with the pair in this file its runs come out 17.5,
-# 13.6 and 21.8 % too fast (24 of 28 runs within 20 %), and all others within 2.6 % of what --validate shows.
+# 13.6 and 21.8% too fast (24 of 28 runs within 20%), and all others within 2.6% of what --validate shows.
 MATMUL = 0.87  # of the best rate that the chip's products reach, what the products of a model's shapes reach
 STREAM = 0.8  # share of the memory's bandwidth that a pointwise kernel sustains
 LINK = 0.8  # share of a link that a large collective sustains

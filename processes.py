@@ -186,7 +186,7 @@ def noting_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
 
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks (no mmap, no trimming): every step asks for the same ones again, and the
-    kernel would have to zero each page anew, 12 to 18 % of a small step."""
+    kernel would have to zero each page anew, 12 to 18% of a small step."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to ask
         libc = ctypes.CDLL("libc.so.6")
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -149,17 +149,17 @@ def has_few_symbols(lines: Sequence[str], words: Sequence[str]) -> bool:
 
 
 def has_few_bullets(lines: Sequence[str], words: Sequence[str]) -> bool:
-    """At most 90 % of the lines begin with a bullet."""
+    """At most 90% of the lines begin with a bullet."""
     return sum(line.lstrip().startswith(BULLETS) for line in lines) <= 0.9 * len(lines)
 
 
 def has_few_ellipses(lines: Sequence[str], words: Sequence[str]) -> bool:
-    """At most 30 % of the lines end in an ellipsis."""
+    """At most 30% of the lines end in an ellipsis."""
     return sum(line.rstrip().endswith(("...", "…")) for line in lines) <= 0.3 * len(lines)
 
 
 def has_alphabetic_words(lines: Sequence[str], words: Sequence[str]) -> bool:
-    """At least 80 % of the words contain a letter."""
+    """At least 80% of the words contain a letter."""
     return sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) >= 0.8 * len(words)
 
 
@@ -175,7 +175,7 @@ COPIED_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 def has_few_copied_lines(lines: Sequence[str], words: Sequence[str]) -> bool:
-    """Lines that were there before: at most 30 % of the lines, and 20 % of the characters."""
+    """Lines that were there before: at most 30% of the lines, and 20% of the characters."""
     seen, n_lines, n_characters = set(), 0, 0
     for line in lines:
         if line in seen:

@@ -60,7 +60,7 @@ Reward = Callable[[Sequence[int], Sequence[int]], float]  # (number of a prompt,
 # --- 1. figures -----------------------------------------------------------------------------------------
 
 def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share; never beyond 0 and 1, and right for shares near them.   Wilson 1927"""
+    """95% interval of a share; never beyond 0 and 1, and right for shares near them.   Wilson 1927"""
     if not 0 <= right <= total or total < 1:
         raise ValueError(f"want 0 <= right <= total, total at least 1, got {right} of {total}")
     share, scale = right / total, 1 + z * z / total

@@ -211,7 +211,7 @@ class AdaptiveKL:
         self.coefficient, self.target, self.horizon = coefficient, target, horizon
 
     def update(self, kl: float, answers: int) -> float:
-        """The next coefficient, at most 20 % off, after so many answers of a mean KL(policy || reference) in nats."""
+        """The next coefficient, at most 20% off, after so many answers of a mean KL(policy || reference) in nats."""
         if not (math.isfinite(kl) and 0 <= answers <= self.horizon):
             raise ValueError(f"kl must be finite and answers in 0 .. {self.horizon}, got {kl} and {answers}")
         error = min(max(kl / self.target - 1, -0.2), 0.2)

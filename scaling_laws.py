@@ -227,7 +227,7 @@ def _profiles(runs: np.ndarray, budgets: int) -> list[tuple[float, np.ndarray, n
 
 
 def _planned_profiles(runs: np.ndarray) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """The same for runs that share their C by plan: three sizes or more within 5 % of it. Empty if most runs do not."""
+    """The same for runs that share their C by plan: three sizes or more within 5% of it. Empty if most runs do not."""
     log_c = np.log(runs[:, 0] * runs[:, 1])
     order = np.argsort(log_c, kind="stable")
     found, grouped = [], 0
@@ -352,7 +352,7 @@ def log_constants(law: Law) -> Tensor:
 
 def bootstrap(fit: Callable[[np.ndarray], Frontier | Law], runs: np.ndarray, samples: int = 100,
               seed: int = 0) -> np.ndarray:
-    """10th and 90th percentiles of exponents a and b, (2, 2), from fits to random 80 % of the runs (table 2's way).
+    """10th and 90th percentiles of exponents a and b, (2, 2), from fits to random 80% of the runs (table 2's way).
 
     A sample on which a method finds no frontier is left out; ValueError if that is most of them.
     """

@@ -6,7 +6,7 @@ Idea      Cut spans out of a text, put a marker where each was, and have the mod
 Formula   text      Thank you for inviting me to your party last week .
           inputs    Thank you <X> me to your party <Y> week . <eos>
           targets   <X> for inviting <Y> last <Z> <eos>                                               (figure 2)
-          loss = mean of -log p(target_t | targets before t, inputs);   15 % of the text in spans of 3 on average
+          loss = mean of -log p(target_t | targets before t, inputs);   15% of the text in spans of 3 on average
 Shapes    tokens (N,) -> inputs (S,), targets (T,): with n spans, S + T = N + 2 n + 3
 Omits     packing several examples into one row; the paper's other objectives (prefix, masked, deshuffling).
 Run       python span_corruption.py     one small T5 learns to fill gaps and two tasks at once: a minute;

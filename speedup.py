@@ -2,7 +2,7 @@
 
 Idea      A share s of the work is serial. On a problem of fixed size it is in the end all of the time that is left
           (strong scaling). A problem that grows with the machine hides it (weak scaling).
-Formula   Amdahl      speedup(p) = 1 / (s + (1 - s) / p)  ->  1 / s: 500 x on 1000 processors needs s <= 0.1 %
+Formula   Amdahl      speedup(p) = 1 / (s + (1 - s) / p)  ->  1 / s: 500 x on 1000 processors needs s <= 0.1%
           Gustafson   speedup(p) = s + (1 - s) p
 Shapes    no tensors: p processors, s in [0, 1], seconds
 Omits     costs that grow with p, such as communication: planner.py counts those.

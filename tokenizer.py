@@ -310,7 +310,8 @@ def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
     - a rank file alone: of 128000 ranks, Llama 3's tokenizer.model; of 100256, cl100k_base; any other is
       taken as GPT-2's kind, GPT2_SPLIT and <|endoftext|> on the first free id;
     - GPT-2's vocab.json + merges.txt, by their folder or by the path of either;
-    - a folder with a rank file called tokenizer.tiktoken, as checkpoints and their exports have.
+    - a folder with a rank file called tokenizer.tiktoken, as checkpoints and their exports have, or with
+      tokenizer.model, itself or in original/, as Meta publishes Llama 3.
 
     Raises ValueError, one line with file, place and cure: missing, empty, cut short, of another kind,
     contradicting itself; or a name that tiktoken neither has cached nor can download.
@@ -320,8 +321,9 @@ def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
         return _load_published(str(name_or_path))
     if path.name in ("vocab.json", "merges.txt"):
         path = path.parent
-    if os.path.exists(path / "tokenizer.tiktoken"):
-        return _load_ranks(path / "tokenizer.tiktoken")
+    for name in ("tokenizer.tiktoken", "tokenizer.model", "original/tokenizer.model"):
+        if os.path.exists(path / name):
+            return _load_ranks(path / name)
     if os.path.isdir(path):
         return _load_gpt2(path / "vocab.json", path / "merges.txt")
     if not os.path.exists(path):

@@ -3,7 +3,7 @@
 Idea      A word is pieces drawn one by one from one distribution, so its probability is a sum over all ways to
           cut it. Begin with every frequent substring. EM finds the probabilities that make the words likeliest:
           expect how often each piece is used (forward-backward over each word's lattice), divide by the sum.
-          Then drop the 15 % of the pieces whose loss hurts least, and again, until as many are left as are
+          Then drop the 15% of the pieces whose loss hurts least, and again, until as many are left as are
           wanted. Every character stays, so that every word can still be cut.
 Formula   p(w) = sum over cuts (s_1 ... s_m) of w of  prod_i p(s_i),   L = sum over words of count(w) log p(w)
           E     c(s) = sum over w of count(w) * E[how often s is in the cut of w]

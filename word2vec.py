@@ -452,7 +452,8 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
 
     untrained = Word2Vec(vocabulary, config, torch.Generator().manual_seed(seed))
     x = F.one_hot(torch.tensor(1), V).float()  # (V,)
-    print(f"W^T onehot(1) is the vector of item 1: {torch.equal(untrained.W_in.mT @ x, untrained.W_in[1])}")
+    print(f"W^T onehot(1) is the vector of item 1: {torch.equal(untrained.W_in.mT @ x, untrained.W_in[1])} "
+          "(expected True)")
     expected = f"(1 + {config.negatives}) ln 2 = {(1 + config.negatives) * math.log(2):.4f}"
     if objective == "softmax":
         expected = f"ln V = {math.log(V):.4f}"
@@ -474,7 +475,7 @@ def main(data: str, architecture: str, objective: str, d_model: int, epochs: int
         shown = Vectors(list(labels), torch.stack([vectors[item] for item in labels]))
         found, chance = shown.agreement(labels)
         print(f"nearest of {len(labels)} imported functions is of the same module: {found:.0%}, by chance "
-              f"{chance:.0%}, at least twice as often: {found >= 2 * chance}")
+              f"{chance:.0%}, at least twice as often: {found >= 2 * chance} (expected True)")
     for item in shown.items[:400:40]:
         near = "  ".join(f"{other} {cosine:.2f}" for other, cosine in shown.nearest(item, 4))
         print(f"  {item:20} {near}")

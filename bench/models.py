@@ -96,7 +96,7 @@ def mixtral(folder: str, batch: int, length: int) -> Case:
 
 
 def bert(folder: str, batch: int, length: int) -> Case:
-    """Both tasks of pre-training, 15 % of the tokens hidden: ours computes logits at these alone, theirs cannot."""
+    """Both tasks of pre-training, 15% of the tokens hidden: ours computes logits at these alone, theirs cannot."""
     from bert import BERTForPretraining
     from masked_lm import pretraining_loss
     config = transformers.BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -18,7 +18,7 @@ from gpt import GPT, GPTConfig, count_parameters
 @pytest.mark.parametrize("P", (2, 4))
 @pytest.mark.parametrize("strategy", communication.WHEN)
 def test_bytes_counted_match_the_formula(strategy, P):
-    """Within 3 %: what the formulas leave out is the loss, the flags of buckets and the gradients of norms."""
+    """Within 3%: what the formulas leave out is the loss, the flags of buckets and the gradients of norms."""
     config = GPTConfig(vocab_size=64, context=32, n_layers=4, n_heads=4, d_model=32)
     model = GPT(config, generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(0))

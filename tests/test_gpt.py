@@ -266,7 +266,7 @@ def test_initialisation_is_the_papers():
             assert (p == 1).all()
         else:
             std = 0.02 / math.sqrt(16) if "out." in name or "down." in name else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05), name  # at least 6144 draws: 1 % error, 5 sigma
+            assert p.std().item() == pytest.approx(std, rel=0.05), name  # at least 6144 draws: 1% error, 5 sigma
     loss = next_token_loss(model(tokens_of(4, 20)), tokens_of(4, 20, seed=2))
     assert loss.item() == pytest.approx(math.log(61), abs=0.2)  # logits start with a spread of 0.02 sqrt(D) = 0.3
 

@@ -378,7 +378,7 @@ def test_data_tensor_and_pipeline_parallel_match_one_process(kind, dp, tp_size, 
 # --- prediction ---------------------------------------------------------------------------------
 
 def test_prediction_is_near_published_runs():
-    """Narayanan et al. 2021, table 1: 45 % of the peak for 175B on 1024 A100s, 52 % for 1T on 3072, recomputation counted."""
+    """Narayanan et al. 2021, table 1: 45% of the peak for 175B on 1024 A100s, 52% for 1T on 3072, recomputation counted."""
     small = schedules.predict(Layout(8, 8, 16))
     large = schedules.predict(Layout(6, 8, 64), schedules.Workload(128, 25600, 51200, 2048, 3072))
     assert small.mfu * 4 / 3 == pytest.approx(0.45, rel=0.15) and large.mfu * 4 / 3 == pytest.approx(0.52, rel=0.15)
@@ -409,7 +409,7 @@ class SleepingBlock(nn.Module):
 
 @pytest.mark.parametrize("name, P, M, chunks", (("gpipe", 2, 4, 1), ("1f1b", 2, 4, 1), ("1f1b", 4, 6, 1), ("interleaved", 4, 4, 2)))
 def test_timeline_given_measured_operations_matches_the_step_that_ran(name, P, M, chunks):
-    """Within 25 %, in the best of five runs: what it leaves out is the sending, and other work on the machine."""
+    """Within 25%, in the best of five runs: what it leaves out is the sending, and other work on the machine."""
     ranks = schedule(name, P, M, chunks)
 
     def run(rank):

@@ -95,7 +95,7 @@ def test_naive_recompute_keeps_its_input_alone():
 @pytest.mark.parametrize("what", recompute.WAYS)
 @pytest.mark.parametrize("kind", SIZES)
 def test_bytes_kept_match_the_formula(kind, what):
-    """Within 5 %: fused attention's log-sum-exp and the norms' statistics are left out."""
+    """Within 5%: fused attention's log-sum-exp and the norms' statistics are left out."""
     wide = {"d_model": 64, "n_heads": 2, "context": 64} | ({"dropout": 0.0} if kind == "gpt" else {"n_kv_heads": 1, "d_ff": 96})
     model = build(kind, what, **wide).float()
     x = torch.randn(2, 64, 64, requires_grad=True)

@@ -58,7 +58,7 @@ def test_parameters_match_transformers():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_match_published(name):
-    # 0.5 %: the figures are published with two to four digits
+    # 0.5%: the figures are published with two to four digits
     assert MODELS[name].parameters == pytest.approx(MODELS[name].published, rel=0.005)
 
 
@@ -184,7 +184,7 @@ def test_units_match_published_runs():
     # Narayanan et al. 2021, section 5.1: 300B tokens, 175B, 1024 A100 at 140 TFLOP/s with recomputation (8 N): 34 days
     hfu = 140e12 / 312e12
     assert training_seconds(8 * 300e9 * 175e9, 1024, 312e12, hfu) / 86400 == pytest.approx(34, rel=0.01)
-    # Chowdhery et al. 2022, section 4.1: 238.3K tokens/s on 6144 TPU v4 is an MFU of 46.2 %, 45.7 % without attention
+    # Chowdhery et al. 2022, section 4.1: 238.3K tokens/s on 6144 TPU v4 is an MFU of 46.2%, 45.7% without attention
     palm, peak = MODELS["palm_540b"], ACCELERATORS["tpu_v4"].best
     assert utilisation(palm.training_flops(), 238.3e3, 6144, peak) == pytest.approx(0.462, abs=0.001)
     assert utilisation(6 * palm.parameters, 238.3e3, 6144, peak) == pytest.approx(0.457, abs=0.001)

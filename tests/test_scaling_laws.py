@@ -21,7 +21,7 @@ OTHER = Law(1.2, 90.0, 700.0, 0.25, 0.32)
 # --- the laws -------------------------------------------------------------------------------
 
 def test_kaplan_matches_the_paper():
-    # Kaplan et al. 2020: L(N) = (8.8e13 / N)^0.076 alone; the joint fit of table 2 has Nc 6.4e13: 3 % apart
+    # Kaplan et al. 2020: L(N) = (8.8e13 / N)^0.076 alone; the joint fit of table 2 has Nc 6.4e13: 3% apart
     assert KAPLAN.loss(1.5e9) == pytest.approx((8.8e13 / 1.5e9) ** 0.076, rel=0.03)
     assert KAPLAN.loss(1e30, 22e9) == pytest.approx((5.4e13 / 22e9) ** 0.095, rel=0.07)  # L(D), its own fit
     # GPT-3, 3640 petaflop/s-days; Brown et al. 2020, figure 3.1: L = 2.57 C^-0.048
@@ -93,7 +93,7 @@ def test_parametric_fit_matches_scipy_on_noisy_runs():
                                      options={"maxiter": 2000, "gtol": 1e-8})
     ours = parametric_fit(runs, start)
     assert huber_objective(log_constants(ours)[0], data) <= theirs.fun * (1 + 1e-4)
-    assert ours.E == pytest.approx(OTHER.E, rel=0.1) and ours.alpha == pytest.approx(OTHER.alpha, rel=0.15)  # 0.3 % noise
+    assert ours.E == pytest.approx(OTHER.E, rel=0.1) and ours.alpha == pytest.approx(OTHER.alpha, rel=0.15)  # 0.3% noise
 
 
 def test_huber_objective_matches_torch():
@@ -226,7 +226,7 @@ def test_fit_of_a_csv_is_printed_and_drawn(one_start, capsys, tmp_path):
     scaling_laws.show_fit(path, tmp_path / "fit.png", samples=3)
     found = [float(word) for word in capsys.readouterr().out.splitlines()[-1].split(":")[1].split()]
     assert (tmp_path / "fit.png").stat().st_size > 0
-    assert found == pytest.approx([REPLICATION.exponents[0]] * 3, abs=0.02)  # 0.1 % noise, eight sizes
+    assert found == pytest.approx([REPLICATION.exponents[0]] * 3, abs=0.02)  # 0.1% noise, eight sizes
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

@@ -23,7 +23,7 @@ def test_speedups_match_a_schedule(serial, p):
 
 def test_amdahl_is_bounded_and_the_lectures_thousand_processors_need_a_thousandth():
     assert amdahl_speedup(0.01, 1e12) == pytest.approx(100)
-    assert amdahl_serial_share(500, 1000) == pytest.approx(0.001, rel=0.002)  # the lecture rounds to 0.1 %
+    assert amdahl_serial_share(500, 1000) == pytest.approx(0.001, rel=0.002)  # the lecture rounds to 0.1%
     for serial in (0.0, 0.01, 0.5):
         assert amdahl_serial_share(amdahl_speedup(serial, 64), 64) == pytest.approx(serial, abs=1e-12)
 
@@ -41,7 +41,7 @@ def test_weak_fit_recovers_a_known_share_and_noise_moves_it_little():
     assert fit_serial_share(p, seconds, weak=True) == pytest.approx(0.1)
     noise = 1 + 0.02 * np.random.RandomState(0).standard_normal(5)
     strong = noise * [1 / amdahl_speedup(0.1, n) for n in p]
-    assert fit_serial_share(p, strong) == pytest.approx(0.1, abs=0.02)  # 2 % noise
+    assert fit_serial_share(p, strong) == pytest.approx(0.1, abs=0.02)  # 2% noise
 
 
 def test_measured_times_leave_the_number_of_threads_alone():

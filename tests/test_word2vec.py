@@ -386,7 +386,7 @@ def run_demo(monkeypatch, capsys, *arguments):
 def test_every_flag_of_the_demo_changes_something(tmp_path, monkeypatch, capsys):
     first = run_demo(monkeypatch, capsys)
     assert first == run_demo(monkeypatch, capsys) and "W^T onehot(1) is the vector of item 1: True" in first
-    assert "(1 + 5) ln 2 = 4.1589" in first and "at least twice as often: True\n" in first
+    assert "(1 + 5) ln 2 = 4.1589" in first and "at least twice as often: True (expected True)\n" in first
     assert re.search(r"held-out loss .* -> .*, lower: True \(expected True\)$", first.strip())
     for flag in (("architecture", "cbow"), ("objective", "softmax"), ("objective", "hierarchical"), ("d_model", 8),
                  ("epochs", 2), ("seed", 1)):

@@ -444,7 +444,7 @@ def _memory(rank, half):
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 def test_bytes_held_are_the_formulas(half, in_processes):
-    """Every tensor of the process. 2 %: padding, one step counter a parameter, one NaN."""
+    """Every tensor of the process. 2%: padding, one step counter a parameter, one NaN."""
     for found in (each["memory"][half] for each in in_processes):
         for stage in range(4):
             held, everything, peak, resting = found[2 * stage + 1]
