@@ -427,7 +427,7 @@ def main(arguments: list[str], program: str = "alignment.py") -> int:
     except ValueError as error:
         return one_line((str(error) or repr(error)).splitlines()[0], 2) if rank == 0 else 2
     except ImportError as error:
-        return one_line(f"{error}: copy that file beside this one", 2) if rank == 0 else 2
+        return one_line(f"{error}: copy that file beside this one, or install that package", 2) if rank == 0 else 2
     except torch.OutOfMemoryError as error:
         return one_line(f"rank {rank}: {str(error).splitlines()[0][:150]}: take a smaller batch of that stage, "
                         "such as --sft_batch", 2)

@@ -200,9 +200,9 @@ def main(program: str) -> None:
     except KeyboardInterrupt:
         parser.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error).splitlines()[0][:200])
+        parser.error(str(error).split("\n")[0][:200])
     except ImportError as error:
-        parser.error(f"{error}: copy that file beside this one")
+        parser.error(f"{error}: copy that file beside this one, or install that package")
 
 
 if __name__ == "__main__":

@@ -527,7 +527,7 @@ def start(arguments: list[str]) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}: copy that file beside this one")
+        parser.error(f"{error}: copy that file beside this one, or install that package")
     finally:
         if "RANK" in os.environ:
             import torch.distributed as dist

@@ -7,7 +7,7 @@ Formula   log p(x_1 ... x_T) = sum_{t >= 2} log p(x_t | x_<t)
           sampling     x_t ~ softmax(filter(logits / temperature))      temperature 0: x_t = argmax logits
           beam search  argmax of log p(continuation) / length^length_penalty, over the best few prefixes
 Shapes    tokens (B, T) -> logits (B, V) of the last position -> next tokens (B,)
-Also      few_rows.py, if it is in the same folder: faster products on a CPU.
+Also      few_rows.py, if it can be imported: faster products on a CPU.
 Omits     a draft that guesses ahead (speculative.py has it), typical and contrastive sampling, constrained
           grammars, continuous batching.
 Run       python decode.py               a tiny model is trained, then decoded: 10 s on one core;
@@ -149,7 +149,7 @@ class Sampling:
     def draw(self, logits: Tensor, tokens: Prompts, generator: torch.Generator | None) -> Tensor:
         """One token per row: logits (B, V) -> (B,)."""
         if self.temperature == 0 and self.repetition_penalty is None:
-            return logits.max(-1).indices  # argmax, which takes four times as long for bf16
+            return logits.max(-1).indices  # as argmax(-1), which takes four times as long for bf16
         return torch.multinomial(self.probabilities(logits, tokens), 1, generator=generator)[:, 0]
 
 
@@ -207,6 +207,8 @@ def _few_rows():
 def next_logits(model: nn.Module, tokens: Tensor, cache, last: int = 1) -> Tensor:
     """model(tokens, cache)[:, -last:], (B, T) -> (B, last, V), without the head's work on other positions."""
     start, fast = cache.begin(tokens.size(1)), _few_rows() if tokens.device.type == "cpu" else None
+    # _steps has exchanged the layers by fast_layers; the mode finds what is no layer too (a tied head, experts), and
+    # what beam_search runs. For one token it would cost the blocks more than it saves.
     with fast.FastLinear() if fast and tokens.numel() > 1 else contextlib.nullcontext():
         x = model.embed(tokens, start)  # (B, T, D)
         for block, layer_cache in zip(model.blocks, cache.layers):
@@ -267,7 +269,8 @@ def generate(model: nn.Module, prompts: Prompts, max_new_tokens: int, *, stop_to
 
 def stream(model: nn.Module, prompt: Sequence[int], max_new_tokens: int, *, stop_tokens: Iterable[int] = (),
            generator: torch.Generator | None = None, **sampling) -> Iterator[int]:
-    """``generate`` for one prompt, token by token as they are drawn. The model is in eval mode until it ends."""
+    """``generate`` for one prompt, token by token as they are drawn. The model is in eval mode until it ends, and its
+    weights are not to be replaced, moved or copied (few_rows.fast_layers)."""
     sampling, (prompts, limits) = Sampling(**sampling), checked(model, [prompt], max_new_tokens)
     return (step[0][1] for step in _steps(model, prompts, limits, set(map(int, stop_tokens)), generator, sampling))
 
@@ -312,7 +315,8 @@ def beam_search(model: nn.Module, prompt: Sequence[int], beams: int, max_new_tok
 
     Length counts new tokens, the stop token included. Score and early stopping are transformers'
     (``early_stopping=False``); Wu et al. 2016 divide by ((5 + length) / 6)^penalty. With as many beams as there
-    are prefixes the search is exhaustive. Raises ValueError as ``checked``, or unless 1 <= n_best <= beams.
+    are prefixes the search is exhaustive. None is found where the prompt fills the model's context. Raises
+    ValueError as ``checked``, or unless 1 <= n_best <= beams.
     """
     if not 1 <= n_best <= beams:
         raise ValueError(f"n_best must be in 1 .. beams, got {n_best} of {beams} beams")
@@ -350,7 +354,9 @@ def beam_search(model: nn.Module, prompt: Sequence[int], beams: int, max_new_tok
 def load_model(directory: str | Path, device: str = "cpu"):
     """(model, encoding) of a training run's directory, one of its checkpoints, or a directory of Hugging Face or Meta.
 
-    Raises ValueError if there is no such directory, or it holds no model and the tokenizer it was trained with.
+    On a CPU large fp32 matrices are stored as decoding one row reads them fastest (``few_rows.one_row_layout``, which
+    says how to undo it). Raises ValueError if there is no such directory, or it holds no model and the tokenizer it was
+    trained with.
     """
     import checkpoint
     import models
@@ -389,7 +395,7 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
         raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room in a context of "
                          f"{model.config.context}: take fewer")
     if chat and (template := _template(encoding)):
-        return _take_turns(model, encoding, template, max_new_tokens, newest, generator, sampling)
+        return _take_turns(model, encoding, template, prompt, max_new_tokens, newest, generator, sampling)
     shown = text = sys.stdin.read() if prompt == "-" else prompt or ""
     while True:
         if chat:
@@ -421,14 +427,15 @@ def _template(encoding) -> tuple[Callable, list[int]] | None:
     return None
 
 
-def _take_turns(model: nn.Module, encoding, template: tuple[Callable, list[int]], max_new_tokens: int, newest: int,
-                generator: torch.Generator, sampling: dict) -> None:
-    """A conversation in its template; its oldest turns leave a context of ``newest`` tokens first."""
+def _take_turns(model: nn.Module, encoding, template: tuple[Callable, list[int]], first: str | None,
+                max_new_tokens: int, newest: int, generator: torch.Generator, sampling: dict) -> None:
+    """A conversation in its template, opened by ``first`` if there is one; its oldest turns leave a context of
+    ``newest`` tokens first."""
     messages, (render, ends) = [], template
     silent = {encoding.encode_single_token(token) for token in encoding.special_tokens_set} - set(ends)
     while True:
-        print("You: ", end="", flush=True)
-        line = sys.stdin.readline()
+        print("You: ", end="" if first is None else f"{first}\n", flush=True)
+        line, first = sys.stdin.readline() if first is None else f"{first}\n", None
         if not line or line.strip() == "/exit":
             return
         if not line.strip():
@@ -501,7 +508,8 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--checkpoint", help="directory of a run, of one checkpoint, or as Hugging Face or Meta has it")
-    parser.add_argument("--prompt", help="text to continue; - reads it from stdin (default: start at end-of-text)")
+    parser.add_argument("--prompt", help="text to continue, with --chat the first line; - reads it from stdin "
+                                         "(default: start at end-of-text)")
     parser.add_argument("--chat", action="store_true",
                         help="converse line by line; ends on /exit, Ctrl-D or Ctrl-C")
     parser.add_argument("--max_new_tokens", type=int, default=64,
@@ -521,6 +529,6 @@ if __name__ == "__main__":
         parser.exit(130, "\n")
     # torch reports an unusable device as a RuntimeError, or an AssertionError if it was built without it
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        parser.error(str(error).splitlines()[0][:200])
+        parser.error(str(error).split("\n")[0][:200])
     except ImportError as error:
-        parser.error(f"{error}: copy that file beside this one")
+        parser.error(f"{error}: copy that file beside this one, or install that package")

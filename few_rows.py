@@ -5,13 +5,14 @@ Idea      A decoding step multiplies one row, or a few, by every matrix of the m
           2009). torch's own product may then read at a fraction of memory's speed, by one core of several, or
           because it converts every bf16 weight to fp32 on the way. Here are the products that read fastest on
           CPUs, behind F.linear's interface; a GPU's F.linear is left as it is.
-Formula   y = x W^T + b: 2 R in out operations on in out s bytes of weights (s bytes each): 2 R / s a byte.
-          seconds >= in out s / bandwidth: N parameters give at most bandwidth / (N s) tokens/s at R = 1 row
+Formula   y = x W^T + b: 2 * R * in * out operations on s * in * out bytes of weights (s bytes each): 2 R / s a byte.
+          seconds >= s * in * out / bandwidth: where a token reads N parameters, at most bandwidth / (N s) tokens/s
+          P cores read at once: P blocks of outputs, y = [W_1 x; ...; W_P x], or of inputs, y = W_1 x_1 + ... + W_P x_P
 Shapes    x (..., in), W (out, in), b (out,) -> y (..., out); R is the product of the sizes in ...
-Also      THP_MEM_ALLOC_ENABLE=1 in the environment before torch's first tensor (decode.py sets it): on Linux large
-          tensors then lie in pages of 2 MB instead of 4 KB, and weights are read 3 to 8% faster.
+Also      THP_MEM_ALLOC_ENABLE=1 in the environment before torch's first tensor: on Linux large tensors then lie in
+          pages of 2 MB instead of 4 KB, and weights are read 3 to 8% faster. `python decode.py` sets it for itself.
 Omits     quantised weights (fewer bytes, another model), products in a GPU's kernels.
-Run       python few_rows.py               GB/s of every way at 1, 2, 8, 32 rows, beside the memory's: 20 s;
+Run       python few_rows.py               GB/s of every way at 1, 2, 8, 32 rows, beside a plain sum's: 20 s;
                                            ends with "max |fast - x W^T| = ...: OK"
           python few_rows.py --dtype bfloat16 --d_model 1024
 Test      pytest tests/test_few_rows.py
@@ -36,9 +37,12 @@ from torch.overrides import TorchFunctionMode
 # --- 1. one row ------------------------------------------------------------------------------
 
 def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A function from one row x (in,) to W x + b (out,), the fastest for this weight (out, in) and for torch's number
-    of threads now. For inference: it keeps views of the weight."""
-    if weight.dtype == torch.bfloat16:  # a matrix times a vector reads W up to 1.5 times as fast as two matrices
+    """A function from one row x (in,) to W x + b (out,): the product that was measured fastest for a weight (out, in)
+    of this type and size on such a CPU, with torch's number of threads now. For inference: it keeps views of the
+    weight, and knows nothing of one that is put in its place later."""
+    # torch's matrix times vector: reads bf16 up to 1.5 times as fast as its product of two matrices; fp32 not where
+    # MKL does both.
+    if weight.dtype == torch.bfloat16:
         by_vector = _has_avx512() and weight.is_contiguous()
     else:
         by_vector = weight.dtype == torch.float32 and not _leaves_rows_to_one_core()
@@ -51,27 +55,27 @@ def row_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor]
 
 def row_in_parts(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """``row_product`` in as many parts at once as torch has threads: a product of one row may be left to one core,
-    which cannot read W as fast as memory gives it. All wait for the slowest part: beside other work on all cores
-    OMP_NUM_THREADS=1 is faster."""
+    which cannot read W as fast as memory gives it. Of a batch of products, bmm, each is given to a core of its own.
+    All wait for the slowest part: beside other work on all cores OMP_NUM_THREADS=1 is faster."""
     P, (out, width) = torch.get_num_threads(), weight.shape
     if weight.is_contiguous():
         share = out // P  # each part makes some of the outputs
         parts, rest = weight[:P * share].view(P, share, width).mT, weight[P * share:]  # (P, in, share)
 
-        def by_rows(x: Tensor) -> Tensor:
+        def by_outputs(x: Tensor) -> Tensor:
             y = torch.bmm(x.expand(P, 1, width), parts).view(P * share)  # one matrix for each core
             y = y if P * share == out else torch.cat((y, F.linear(x, rest)))  # (out,)
             return y if bias is None else y + bias
-        return by_rows
+        return by_outputs
     if weight.mT.is_contiguous():
         share, columns = width // P, weight.mT  # each takes some of the inputs
         parts, rest = columns[:P * share].view(P, share, out), columns[P * share:]
 
-        def by_columns(x: Tensor) -> Tensor:
+        def by_inputs(x: Tensor) -> Tensor:
             terms = torch.bmm(x[:P * share].view(P, 1, share), parts)[:, 0].unbind()  # P of (out,)
             y = functools.reduce(torch.add, terms if bias is None else (bias, *terms))
             return y if P * share == width else y + x[P * share:] @ rest
-        return by_columns
+        return by_inputs
     return lambda x: F.linear(x, weight, bias)
 
 
@@ -81,14 +85,15 @@ def _has_avx512() -> bool:
 
 
 def _leaves_rows_to_one_core() -> bool:
-    """Whether torch's library leaves products of few rows to one core, as MKL does on processors without AMX."""
+    """Whether products of few rows are left to one core: torch cannot say; taken from whether the processor has AMX,
+    without which MKL did so where it was measured."""
     return not torch.cpu._is_amx_tile_supported()
 
 
 def one_row_layout(model: nn.Module) -> None:
     """Make decoding one row on a CPU in fp32 faster: a matrix (out, in) with out > in is read 1.1 to 1.8 times as fast
-    if it is stored by columns, so store it so, in place, experts' too; the values stay. For bf16 and for several
-    rows plain weights are better."""
+    if it is stored by columns, so store it so, in place, experts' too; the values stay. For bf16, for several rows
+    and for training plain weights are better: ``p.data = p.data.contiguous()`` of every parameter p undoes it."""
     for p in model.parameters():
         if p.dim() >= 2 and p.size(-2) > p.size(-1) and p.dtype == torch.float32 and p.device.type == "cpu":
             p.data = p.data.mT.contiguous().mT
@@ -102,8 +107,10 @@ _packed: dict[int, tuple[Tensor, int, Tensor]] = {}
 
 @contextlib.contextmanager
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
-    """Inside, decode.py's functions multiply on a CPU by copies of the large weights, packed into the blocks that
-    oneDNN (torch's library for bf16) works on: bf16 always, fp32 from two rows up. Up to twice as fast.
+    """Inside, decode.py's ``generate`` and ``stream``, and all else that runs in ``FastLinear`` or ``fast_layers``,
+    multiply on a CPU by copies of the large weights, packed into the blocks that oneDNN (torch's library for bf16)
+    works on: matrices of 2^18 numbers or more, of bf16 where there is AVX-512, of fp32 from two rows up. Up to twice
+    as fast.
 
         from few_rows import packed_weights
         with packed_weights(model, 8):
@@ -111,9 +118,9 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
                 generate(model, prompts, 100)
 
     ``rows``: how many there mostly are, for which the copies are tuned. It costs the weights' memory once more and as
-    much time as some tens of tokens take. Where torch has no oneDNN, and in autocast, plain weights are used. Do not
-    train inside: RuntimeError where torch knows that a weight was changed after it was copied, but it does not know
-    of fused optimizers' steps and of changes of ``p.data``.
+    much time as some tens of tokens take. Where torch has no oneDNN, in autocast and where gradients are recorded,
+    plain weights are used. Do not train inside: RuntimeError where torch knows that a weight was changed after it was
+    copied, but it does not know of fused optimizers' steps and of changes of ``p.data``.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
@@ -149,20 +156,30 @@ def _packed_product(input: Tensor, found: tuple[Tensor, int, Tensor], bias: Tens
 # --- 3. the same for a whole model ------------------------------------------------------------
 
 class FastLinear(TorchFunctionMode):
-    """Inside, and in this thread only, every F.linear of a model on a CPU (its tied head's too) takes the
-    matrix product that measured fastest for its rows: input (..., in) -> (..., out). Not for training."""
+    """Inside, and in this thread only, every F.linear of a model on a CPU (its tied head's too) is ``linear``. Not for
+    training: where gradients are recorded, and in autocast, it is torch's own."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return (FastLinear.linear if function is F.linear else function)(*args, **(kwargs or {}))
 
     @staticmethod
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, row: Callable | None = None) -> Tensor:
-        """``row``: row_product(weight, bias), from a caller that keeps it; None: it is made anew for one row."""
-        is_plain = input.dtype == weight.dtype and weight.dim() == 2 and input.shape[-1:] == weight.shape[1:]
+        """F.linear, input (..., in) -> (..., out), by the product that was measured fastest for so many rows:
+
+            rows   fp32                                           bf16
+            1      row_product                                    packed, or row_product
+            2-8    packed, or W x^T where few rows get one core   packed, or F.linear
+            more   packed, or F.linear                            packed, or F.linear; without AVX-512 of W in fp32
+
+        ``row``: row_product(weight, bias), from a caller that keeps it; None: it is made anew for one row.
+        """
+        is_plain = (input.dtype == weight.dtype and weight.dim() == 2 and input.shape[-1:] == weight.shape[1:]
+                    and type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
+                    and (bias is None or bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
         if not is_plain or not weight.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(input, weight, bias)  # and its errors
         rows = input.shape[:-1].numel()
-        found = _packed.get(id(weight)) if bias is None or bias.shape == weight.shape[:1] else None
+        found = _packed.get(id(weight))
         if found and (rows > 1 or rows == 1 and weight.dtype == torch.bfloat16):
             return _packed_product(input, found, bias)
         if rows == 1:
@@ -173,7 +190,8 @@ class FastLinear(TorchFunctionMode):
             y = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (out, rows)
             return y.t().contiguous().view(*input.shape[:-1], -1)
         if weight.dtype == torch.bfloat16 and rows > 8 and not _has_avx512():
-            # One fp32 copy of W costs less than its conversion for every row: a half to an eighth of the time.
+            # A copy of W in fp32, made and dropped here, costs less than its conversion for every row: a half to an
+            # eighth of the time.
             bias = None if bias is None else bias.float()
             return F.linear(input.float(), weight.float(), bias).to(input.dtype)
         return F.linear(input, weight, bias)
@@ -183,9 +201,12 @@ class FastLinear(TorchFunctionMode):
 def fast_layers(model: nn.Module) -> Iterator[None]:
     """Inside, and for every thread, a model's linear layers on a CPU, and its experts at one token, multiply by
     ``FastLinear.linear``. Do not replace, move or copy the model's weights inside. (Under the mode FastLinear Python
-    looks at every call of torch, which takes longer than it saves where all products are of one row.)"""
+    looks at every call of torch, which takes longer than it saves where all products are of one row.) A model with
+    compiled parts keeps its layers: torch.compile would compile them anew each time."""
+    is_compiled = any(m._compiled_call_impl is not None for m in model.modules())
     layers = [m for m in model.modules()
-              if type(m) is nn.Linear and m.weight.device.type == "cpu" and "forward" not in vars(m)]
+              if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.weight.layout == torch.strided
+              and m.weight.device.type == "cpu" and "forward" not in vars(m) and not is_compiled]
     experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE
     try:
         for m in layers:
@@ -231,7 +252,7 @@ def main(d_model: int, dtype: str, megabytes: int, repeats: int) -> None:
         layer = nn.Linear(d_model, 4 * d_model, dtype=kind)
         layer.weight.copy_(torch.randn(shape, generator=generator) / d_model**0.5)
         layers.append(layer)
-    model, largest = nn.ModuleList(layers), 0.0
+    model, errors = nn.ModuleList(layers), []
     print(f"{count} matrices {shape} of {dtype}, {count * per_layer / 1e6:,.0f} MB, {torch.get_num_threads()} threads; "
           f"weights read, GB/s; a sum reads {_gigabytes_per_second(lambda m: m.weight.sum(), layers, repeats):.1f}")
     print(f"{'rows':>5}{'F.linear':>10}{'fast':>10}{'packed':>10}")  # fp32 is not packed for one row
@@ -244,11 +265,11 @@ def main(d_model: int, dtype: str, megabytes: int, repeats: int) -> None:
             for context in ways[:1 if rows == 1 and kind == torch.float32 else 2]:
                 with context:
                     speeds.append(_gigabytes_per_second(lambda m: m(x), layers, repeats))
-                    largest = max(largest, (layers[0](x) - exact).abs().max().item())
+                    errors.append((layers[0](x) - exact).abs().max().item())
         print(f"{rows:5}" + "".join(f"{speed:10.1f}" for speed in speeds), flush=True)
     bound = {torch.float32: 1e-5, torch.bfloat16: 0.05}[kind]  # a few roundings of values of order one
-    print(f"max |fast - x W^T| = {largest:.1e}: {'OK, below' if largest < bound else 'WRONG, expected below'} "
-          f"{bound:.0e}")
+    is_right = all(error < bound for error in errors)
+    print(f"max |fast - x W^T| = {max(errors):.1e}: {'OK, below' if is_right else 'WRONG, expected below'} {bound:.0e}")
 
 
 if __name__ == "__main__":
@@ -268,4 +289,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         parser.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error).splitlines()[0][:200])
+        parser.error(str(error).split("\n")[0][:200])

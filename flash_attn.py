@@ -567,6 +567,6 @@ if __name__ == "__main__":
     try:
         from attention_traffic import main  # what it saves: bytes by formula and counted, memory and time measured
     except ImportError as error:
-        print(f"flash_attn.py: {error}: copy that file beside this one", file=sys.stderr)
+        print(f"flash_attn.py: {error}: copy that file beside this one, or install that package", file=sys.stderr)
         sys.exit(2)
     main("flash_attn.py")

@@ -453,7 +453,7 @@ if __name__ == "__main__":
     try:
         from config import PRESETS
     except ImportError as error:
-        print(f"layout.py: {error}: copy that file beside this one", file=sys.stderr)
+        print(f"layout.py: {error}: copy that file beside this one, or install that package", file=sys.stderr)
         sys.exit(2)
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -470,4 +470,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}: copy that file beside this one")
+        parser.error(f"{error}: copy that file beside this one, or install that package")

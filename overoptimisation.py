@@ -244,7 +244,7 @@ def main(program: str) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}: copy that file beside this one")
+        parser.error(f"{error}: copy that file beside this one, or install that package")
 
 
 if __name__ == "__main__":

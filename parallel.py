@@ -472,4 +472,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}: copy that file beside this one")
+        parser.error(f"{error}: copy that file beside this one, or install that package")

@@ -502,6 +502,6 @@ if __name__ == "__main__":
     try:
         from overoptimisation import main  # PPO against a reward that is learned, with and without the penalty
     except ImportError as error:
-        print(f"rlhf.py: {error}: copy that file beside this one", file=sys.stderr)
+        print(f"rlhf.py: {error}: copy that file beside this one, or install that package", file=sys.stderr)
         sys.exit(2)
     main("rlhf.py")

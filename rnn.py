@@ -276,4 +276,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         parser.exit(130)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: not enough memory
-        parser.error(str(error).splitlines()[0][:200])
+        parser.error(str(error).split("\n")[0][:200])

@@ -234,7 +234,7 @@ def meta_parts(directory: Path) -> dict[str, list[Part]]:
             for name, w in _load_pth(file).items():
                 parts.setdefault(name, []).append(Part(file, name, tuple(w.shape)))
         except Exception as error:  # zip, pickle and torch each have their own
-            reason = str(error).splitlines()[0][:100]
+            reason = str(error).split("\n")[0][:100]
             raise ValueError(f"{file}: {reason}: damaged or cut short, copy it again") from None
     return parts
 
@@ -420,4 +420,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}: copy that file beside this one")
+        parser.error(f"{error}: copy that file beside this one, or install that package")

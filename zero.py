@@ -469,6 +469,6 @@ if __name__ == "__main__":
     try:
         from zero_memory import main  # every stage beside one process, and its bytes beside the formula
     except ImportError as error:
-        print(f"zero.py: {error}: copy that file beside this one", file=sys.stderr)
+        print(f"zero.py: {error}: copy that file beside this one, or install that package", file=sys.stderr)
         sys.exit(2)
     main("zero.py")

@@ -87,4 +87,4 @@ def test_demo_refuses_in_one_line(program, arguments, message):
 def test_demo_says_which_file_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if the file were not there
     found = run_here(["attention_traffic.py", "--lengths", 32])
-    assert found.returncode == 2 and "flash_attn" in found.stderr and found.stderr.endswith(": copy that file beside this one\n")
+    assert found.returncode == 2 and "flash_attn" in found.stderr and found.stderr.endswith(": copy that file beside this one, or install that package\n")

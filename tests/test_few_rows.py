@@ -3,6 +3,7 @@
 import runpy
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -54,14 +55,24 @@ def test_what_linear_refuses_is_refused_and_what_it_converts_converted(P, thread
     weight, bias = torch.randn(512, 512), torch.randn(512)
     for layout in (weight, weight.t().contiguous().t()):
         for x, w, b in ((torch.randn(1, 600), layout, bias), (torch.randn(1, 1), layout, bias), (torch.randn(3, 600), layout, None),
-                        (torch.randn(1, 512, dtype=torch.float64), layout, bias), (torch.tensor(1.0), layout, None)):
+                        (torch.randn(1, 512, dtype=torch.float64), layout, bias), (torch.tensor(1.0), layout, None),
+                        (torch.randn(1, 512), layout, bias.double()), (torch.randn(1, 512), layout, torch.randn(3, 512))):
             with pytest.raises(RuntimeError):
                 FastLinear.linear(x, w, b)
         for x in (torch.randn(1, 512), torch.randn(2, 512)):
             with torch.autocast("cpu", torch.bfloat16):
                 y = FastLinear.linear(x, layout, bias)
                 assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, layout, bias))
+        for x in (torch.randn(1, 512), torch.randn(2, 512), torch.randn(9, 512)):  # one bias for all
+            for b in (torch.ones(1), torch.tensor(1.0)):
+                torch.testing.assert_close(FastLinear.linear(x, layout, b), F.linear(x, layout, b))
     assert FastLinear.linear(torch.randn(1, 4), torch.randn(4)).shape == (1,)
+    with warnings.catch_warnings():  # torch's own, that sparse tensors may change
+        warnings.simplefilter("ignore")
+        sparse = nn.Linear(512, 512, bias=False)
+        sparse.weight = nn.Parameter(weight.to_sparse_csr(), requires_grad=False)
+        with fast_layers(sparse):
+            torch.testing.assert_close(sparse(torch.ones(1, 512)), F.linear(torch.ones(1, 512), weight), atol=1e-4, rtol=1e-4)
 
 
 def test_decoding_leaves_linear_alone_for_everyone_else(monkeypatch):
@@ -144,7 +155,7 @@ def test_a_row_product_matches_torch(dtype, tolerance, capability, P, threads, m
 # --- packed weights ---
 
 def wide(dtype=torch.float32, seed=0):
-    """Its two large matrices, 1001 x 512 (tied: embedding and head) and 2048 x 512, are large enough to be packed."""
+    """Its five matrices, 512 x 512 the least and 1001 x 512 both embedding and head, are large enough to be packed."""
     model = GPT(GPTConfig(1001, 32, 1, 2, 512), generator=torch.Generator().manual_seed(seed)).eval()
     return model.to(dtype)
 
@@ -189,18 +200,29 @@ def test_generation_with_packed_weights_writes_the_same_and_leaves_no_trace(monk
 
 
 @pytest.mark.skipif(not has_onednn, reason="torch without oneDNN packs nothing")
-def test_packed_weights_that_lie_by_columns_or_go_through_autocast_and_compilation_are_right():
+def test_packed_weights_that_lie_by_columns_or_go_through_autocast_are_right():
     model, prompts = wide(), [[1, 2], [3]]
     expected = generate(model, prompts, 6, temperature=0)
     one_row_layout(model)
     with packed_weights(model, 2):
         assert generate(model, prompts, 6, temperature=0) == expected
         with torch.autocast("cpu", torch.bfloat16):  # plain weights
-            assert len(generate(model, prompts, 6, temperature=0)) == 2
+            found = generate(model, prompts, 6, temperature=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found == generate(model, prompts, 6, temperature=0)
+
+
+def test_compiled_blocks_decode_the_same_and_are_not_compiled_anew_each_time():
+    model, prompts, graphs = wide(), [[1, 2], [3]], []
+    expected = [generate(model, rows, 6, temperature=0) for rows in (prompts, prompts[:1])]
     torch._dynamo.reset()
     for block in model.blocks:
-        block.compile(backend="eager")
-    assert generate(model, prompts, 6, temperature=0) == expected
+        block.compile(backend=lambda graph, example: graphs.append(graph) or graph.forward)
+    counts = []
+    for _ in range(4):
+        assert [generate(model, rows, 6, temperature=0) for rows in (prompts, prompts[:1])] == expected
+        counts.append(len(graphs))
+    assert counts[0] > 0 and counts[1:] == counts[:1] * 3, counts
 
 
 @pytest.mark.skipif(not has_onednn, reason="torch without oneDNN packs nothing")
@@ -304,6 +326,13 @@ def test_decoding_works_without_this_file(monkeypatch):
 
 
 # --- the program ---
+
+def test_a_nan_is_no_ok(monkeypatch, capsys):
+    product = FastLinear.linear
+    monkeypatch.setattr(FastLinear, "linear", staticmethod(lambda *args, **named: product(*args, **named) * float("nan")))
+    few_rows.main(d_model=32, dtype="float32", megabytes=1, repeats=1)
+    assert "WRONG" in capsys.readouterr().out
+
 
 def test_demo_prints_its_verdict(capsys, monkeypatch):
     for dtype in ("float32", "bfloat16"):

@@ -314,7 +314,7 @@ def test_demo_says_which_file_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "config", None)  # as if the file were not there
     found = run_here(["layout.py"])
     assert found.returncode == 2 and found.stderr.count("\n") == 1
-    assert re.fullmatch("layout.py: .*config.*: copy that file beside this one\n", found.stderr)
+    assert re.fullmatch("layout.py: .*config.*: copy that file beside this one, or install that package\n", found.stderr)
 
 
 def test_demo_counts_the_experts_of_a_process():

@@ -575,7 +575,7 @@ def test_command_says_what_it_lacks_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(tokenizer.__file__, run_name="__main__")
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.startswith("tokenizer.py: ") and error.endswith(": copy that file beside this one\n")
+    assert exit.value.code == 2 and error.startswith("tokenizer.py: ") and error.endswith(": copy that file beside this one, or install that package\n")
 
 
 @pytest.mark.parametrize("content, flags, message", [
