@@ -285,7 +285,7 @@ def predict(layout: Layout, work: Workload = Workload(), cluster: Cluster = Clus
     Beside Narayanan et al. 2021, table 1, who count the recomputed forward too (4/3 of this MFU): 175B on 1024 A100s
     50% of the peak, published 45; 1T on 3072 50%, published 52. The timeline alone, beside small pipelines that ran,
     given the times of their operations: within 25% of a step (tests/test_pipeline.py). Beside 2 processes on a CPU,
-    given their speed and links: within 20%: dp -5%, tp -13%, pp -3% (bench/parallel.py --only simulate).
+    given their speed and links: within 20%: dp -4%, tp -14%, pp -3% (bench/parallel.py --only simulate).
 
     Raises ValueError for a layout that does not fit the model or the batch.
     """
