@@ -209,7 +209,8 @@ def next_logits(model: nn.Module, tokens: Tensor, cache, last: int = 1) -> Tenso
     start, fast = cache.begin(tokens.size(1)), _few_rows() if tokens.device.type == "cpu" else None
     # _steps has exchanged the layers by fast_layers; the mode finds what is no layer too (a tied head, experts), and
     # what beam_search runs. For one token it would cost the blocks more than it saves.
-    with fast.FastLinear() if fast and tokens.numel() > 1 else contextlib.nullcontext():
+    is_helped = fast and tokens.numel() > 1 and not fast.is_compiled(model)
+    with fast.FastLinear() if is_helped else contextlib.nullcontext():
         x = model.embed(tokens, start)  # (B, T, D)
         for block, layer_cache in zip(model.blocks, cache.layers):
             x = block(x, start, layer_cache)
@@ -363,7 +364,8 @@ def load_model(directory: str | Path, device: str = "cpu"):
     import tokenizer
     directory = Path(directory)
     if (directory / "config.json").exists() or (directory / "params.json").exists():
-        model, encoding = models.from_pretrained(directory), tokenizer.load(directory)
+        encoding = tokenizer.load(directory)  # the small part first: it may be missing
+        model = models.from_pretrained(directory)
     elif directory.is_dir():
         path = checkpoint.latest(directory)
         saved = checkpoint.load(path, parts=("model",))
@@ -394,61 +396,84 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
     if chat and newest < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room in a context of "
                          f"{model.config.context}: take fewer")
-    if chat and (template := _template(encoding)):
-        return _take_turns(model, encoding, template, prompt, max_new_tokens, newest, generator, sampling)
-    shown = text = sys.stdin.read() if prompt == "-" else prompt or ""
-    while True:
-        if chat:
-            print("You: ", end="", flush=True)
-            line = sys.stdin.readline()
-            if not line or line.strip() == "/exit":
-                return
-            text, shown = f"{text}\nYou: {line.strip()}\nModel:", "Model:"
-        new = stream(model, tokenizer.encode(encoding, text)[-newest:] or [eot], max_new_tokens, stop_tokens=[eot],
-                     generator=generator, **sampling)
-        print(shown, end="", flush=True)
-        for piece in decode_stream(new, encoding, ["\nYou:"] if chat else [], [eot]):
+    if (chat or prompt == "-") and sys.stdin is None:
+        raise ValueError("stdin is closed: --chat and --prompt - read it")
+    if chat and (render := _template(encoding)):
+        return _take_turns(model, encoding, render, _lines(prompt), max_new_tokens, newest, generator, sampling)
+    begin = _begin(checkpoint, encoding)
+    if not chat:
+        text = sys.stdin.read() if prompt == "-" else prompt or ""
+        tokens = [*begin, *tokenizer.encode(encoding, text)] or [eot]
+        new = stream(model, tokens, max_new_tokens, stop_tokens=[eot], generator=generator, **sampling)
+        print(text, end="", flush=True)
+        for piece in decode_stream(new, encoding, [], [eot]):
+            print(piece, end="", flush=True)
+        return print()
+    text = ""
+    for line in _lines(prompt):
+        text += f"\nYou: {line}\nModel:"
+        tokens = [*begin, *tokenizer.encode(encoding, text)[len(begin) - newest:]]
+        new = stream(model, tokens, max_new_tokens, stop_tokens=[eot], generator=generator, **sampling)
+        print("Model:", end="", flush=True)
+        for piece in decode_stream(new, encoding, ["\nYou:"], [eot]):
             print(piece, end="", flush=True)
             text += piece
         print()
-        if not chat:
-            return
 
 
-def _template(encoding) -> tuple[Callable, list[int]] | None:
-    """(encoding, messages -> tokens, up to where the answer begins; the tokens that end it), if the vocabulary has the
-    control tokens of a chat template."""
-    if "<|assistant|>" in encoding.special_tokens_set:  # alignment.py has taught it whose turn it is
-        from chat import END, render_prompt
-        return render_prompt, [encoding.encode_single_token(END)]
-    if "<|start_header_id|>" in encoding.special_tokens_set:
-        from llama_chat import chat_stop_tokens, chat_tokens
-        return chat_tokens, chat_stop_tokens(encoding)
-    return None
+def _begin(checkpoint: str, encoding) -> list[int]:
+    """What a text begins with: a published Llama 3 has read no text without <|begin_of_text|>."""
+    is_published = any((Path(checkpoint) / name).exists() for name in ("config.json", "params.json"))
+    token = "<|begin_of_text|>"
+    return [encoding.encode_single_token(token)] if is_published and token in encoding.special_tokens_set else []
 
 
-def _take_turns(model: nn.Module, encoding, template: tuple[Callable, list[int]], first: str | None,
-                max_new_tokens: int, newest: int, generator: torch.Generator, sampling: dict) -> None:
-    """A conversation in its template, opened by ``first`` if there is one; its oldest turns leave a context of
-    ``newest`` tokens first."""
-    messages, (render, ends) = [], template
-    silent = {encoding.encode_single_token(token) for token in encoding.special_tokens_set} - set(ends)
+def _lines(first: str | None) -> Iterator[str]:
+    """What is typed, line by line, after ``first``; until /exit or the end of stdin."""
     while True:
         print("You: ", end="" if first is None else f"{first}\n", flush=True)
         line, first = sys.stdin.readline() if first is None else f"{first}\n", None
-        if not line or line.strip() == "/exit":
+        if not line:
+            return print()
+        if line.strip() == "/exit":
             return
-        if not line.strip():
+        if line.strip():
+            yield line.strip()
+
+
+def _template(encoding) -> Callable | None:
+    """(encoding, messages) -> tokens, up to where the answer begins, if the vocabulary has the control tokens of a
+    chat template: chat.py's, which alignment.py has taught, or Llama 3's."""
+    known = encoding.special_tokens_set
+    if {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"} <= known:
+        from chat import render_prompt
+        return render_prompt
+    if {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= known:
+        from llama_chat import chat_tokens
+        return chat_tokens
+    return None
+
+
+def _take_turns(model: nn.Module, encoding, render: Callable, lines: Iterator[str], max_new_tokens: int, newest: int,
+                generator: torch.Generator, sampling: dict) -> None:
+    """A conversation in its template; its oldest turns leave a context of ``newest`` tokens first. Any control token
+    ends an answer."""
+    import tokenizer
+    messages, ends = [], [encoding.encode_single_token(token) for token in encoding.special_tokens_set]
+    for line in lines:
+        question = {"role": "user", "content": line}
+        needed = len(tokenizer.encode(encoding, line))
+        needed = needed if needed > newest else len(render(encoding, [question]))
+        if needed > newest:
+            print(f"a line of {needed} tokens, with those of the template, does not fit: {newest} are free beside the "
+                  "answer: shorten it, or take fewer --max_new_tokens")
             continue
-        messages.append({"role": "user", "content": line.strip()})
+        messages.append(question)
         while len(tokens := render(encoding, messages)) > newest:
-            if len(messages) == 1:
-                raise ValueError(f"a line of {len(tokens)} tokens does not fit: {newest} are free beside the answer: "
-                                 "shorten it, or take fewer --max_new_tokens")
             del messages[:2]
-        drawn, answer = stream(model, tokens, max_new_tokens, stop_tokens=ends, generator=generator, **sampling), ""
-        print("Model: ", end="")
-        for piece in decode_stream((token for token in drawn if token not in silent), encoding, [], ends):
+        new, answer = stream(model, tokens, max_new_tokens, stop_tokens=ends, generator=generator, **sampling), ""
+        print("Model: ", end="", flush=True)
+        for piece in decode_stream(new, encoding, [], ends):
             print(piece, end="", flush=True)
             answer += piece
         print()
@@ -521,7 +546,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0,
                         help="of sampling and the demo's training (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default %(default)s)")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
+    for side in (sys.stdin, sys.stdout):
+        if hasattr(side, "reconfigure"):  # a closed one is None
+            side.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks at its first tensor: see few_rows.py
     try:
         main(**vars(parser.parse_args()))

@@ -174,7 +174,7 @@ class FastLinear(TorchFunctionMode):
         ``row``: row_product(weight, bias), from a caller that keeps it; None: it is made anew for one row.
         """
         is_plain = (input.dtype == weight.dtype and weight.dim() == 2 and input.shape[-1:] == weight.shape[1:]
-                    and type(weight) in (nn.Parameter, Tensor) and weight.layout == torch.strided
+                    and type(weight) in (nn.Parameter, Tensor) and weight.layout == input.layout == torch.strided
                     and (bias is None or bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
         if not is_plain or not weight.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(input, weight, bias)  # and its errors
@@ -197,16 +197,20 @@ class FastLinear(TorchFunctionMode):
         return F.linear(input, weight, bias)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has had to do with any part of it."""
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
+
+
 @contextlib.contextmanager
 def fast_layers(model: nn.Module) -> Iterator[None]:
     """Inside, and for every thread, a model's linear layers on a CPU, and its experts at one token, multiply by
     ``FastLinear.linear``. Do not replace, move or copy the model's weights inside. (Under the mode FastLinear Python
     looks at every call of torch, which takes longer than it saves where all products are of one row.) A model with
     compiled parts keeps its layers: torch.compile would compile them anew each time."""
-    is_compiled = any(m._compiled_call_impl is not None for m in model.modules())
-    layers = [m for m in model.modules()
-              if type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.weight.layout == torch.strided
-              and m.weight.device.type == "cpu" and "forward" not in vars(m) and not is_compiled]
+    layers = [] if is_compiled(model) else [
+        m for m in model.modules() if type(m) is nn.Linear and type(m.weight) is nn.Parameter
+        and m.weight.layout == torch.strided and m.weight.device.type == "cpu" and "forward" not in vars(m)]
     experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE
     try:
         for m in layers:

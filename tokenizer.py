@@ -320,11 +320,14 @@ def load(name_or_path: str | os.PathLike) -> tiktoken.Encoding:
     if name_or_path in tiktoken.list_encoding_names():
         return _load_published(str(name_or_path))
     if path.name in ("vocab.json", "merges.txt"):
-        path = path.parent
+        return _load_gpt2(path.parent / "vocab.json", path.parent / "merges.txt")
     for name in ("tokenizer.tiktoken", "tokenizer.model", "original/tokenizer.model"):
         if os.path.exists(path / name):
             return _load_ranks(path / name)
     if os.path.isdir(path):
+        if not any(os.path.exists(path / name) for name in ("vocab.json", "merges.txt")):
+            raise ValueError(f"{path}: holds no tokenizer that is read here: copy tokenizer.model (Llama 3), or "
+                             "vocab.json and merges.txt (GPT-2), into it")
         return _load_gpt2(path / "vocab.json", path / "merges.txt")
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file: give a file, a folder with vocab.json and merges.txt, or one "
@@ -369,6 +372,8 @@ def _load_ranks(path: Path) -> tiktoken.Encoding:
     data, sidecar = _read(path), path.with_name(path.name + ".json")
     ranks: dict[bytes, int] = {}
     ids: set[int] = set()
+    if path.name == "tokenizer.model" and data[:1] == b"\n":  # protobuf's first field
+        raise ValueError(f"{path}: is SentencePiece's (Llama 1 and 2, Mistral), which is not read: give Llama 3's")
     for number, line in enumerate(data.rstrip().splitlines(), 1):
         try:
             encoded, rank = line.split()

@@ -6,6 +6,7 @@ import runpy
 import sys
 from itertools import product
 
+import numpy
 import pytest
 import tiktoken
 import torch
@@ -62,7 +63,11 @@ def test_control_tokens_in_a_message_stay_text(llama3_encoding):
 
 
 def test_bad_chats_are_refused(llama3_encoding):
-    for bad in ({"role": "user"}, {"role": "", "content": "x"}, {"role": "user", "content": None}, "hello"):
+    for bad in (None, 5, "hello"):
+        with pytest.raises(ValueError, match=r"messages must be a list of"):
+            chat_tokens(llama3_encoding, bad)
+    for bad in ({"role": "user"}, {"role": "", "content": "x"}, {"role": " \n", "content": "x"}, {"role": "user", "content": None},
+                "hello", numpy.ones(3)):
         with pytest.raises(ValueError, match=r"message 0 must be \{'role': str, 'content': str\}"):
             chat_tokens(llama3_encoding, [bad])
     other = tiktoken.Encoding("other", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
@@ -85,11 +90,11 @@ def test_a_published_folder_is_talked_to_in_its_format(llama3_file, llama3_encod
         place.parent.mkdir()
     place.write_bytes(llama3_file.read_bytes())
     assert tokenizer.load(tmp_path).n_vocab == 128256
-    prompts, answers = [], [[*b"Hi", 128010, *b" there ", 128009], [*b"Bye", 128001]]
+    prompts, answers = [], [[*b"Hi there ", 128009], [*b"Bye", 128008, *b"user"]]  # the second calls a tool
 
     def scripted(model, tokens, max_new_tokens, stop_tokens, **sampling):
         prompts.append(tokens)
-        assert stop_tokens == [128009, 128001]
+        assert set(stop_tokens) == set(range(128000, 128256))
         return iter(answers[len(prompts) - 1])
     monkeypatch.setattr(decode, "stream", scripted)
     first = "Hello <|eot_id|>" if publisher == "Meta" else None  # --prompt is the first line
@@ -100,6 +105,43 @@ def test_a_published_folder_is_talked_to_in_its_format(llama3_file, llama3_encod
     assert prompts == [chat_tokens(llama3_encoding, messages[:1]), chat_tokens(llama3_encoding, messages)]
     out = capsys.readouterr().out
     assert out.count("You: ") == 4 and "Model: Hi there \n" in out and "Model: Bye\n" in out
+
+
+@pytest.mark.parametrize("room", [0, -1])
+def test_a_question_and_its_answer_leave_a_full_context_together(room, llama3_encoding, monkeypatch, capsys):
+    """What fits to the last token stays; a line that never fits is said to, and nothing is lost by it."""
+    question, answer, last = ({"role": role, "content": content} for role, content in
+                              (("user", "What is it?"), ("assistant", "A test."), ("user", "Sure?")))
+    prompts = []
+    monkeypatch.setattr(decode, "stream", lambda model, tokens, *_, **__: prompts.append(tokens) or iter([*b" A test. ", 128009]))
+    newest = len(chat_tokens(llama3_encoding, [question, answer, last])) + room
+    lines = iter(["What is it?", "long " * newest, "x" * 2 * newest, "Sure?"])
+    decode._take_turns(None, llama3_encoding, chat_tokens, lines, 8, newest, None, {})
+    assert prompts == [chat_tokens(llama3_encoding, [question]),
+                       chat_tokens(llama3_encoding, [last] if room else [question, answer, last])]
+    assert capsys.readouterr().out.count(f"does not fit: {newest} are free beside the answer") == 2
+
+
+def test_a_published_model_completes_behind_begin_of_text_and_ours_does_not(llama3_encoding, tmp_path):
+    assert decode._begin(str(tmp_path), llama3_encoding) == []
+    (tmp_path / "config.json").touch()
+    assert decode._begin(str(tmp_path), llama3_encoding) == [128000]
+    other = tiktoken.Encoding("other", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
+    assert decode._begin(str(tmp_path), other) == [] and decode._template(other) is None
+    half = tiktoken.Encoding("half", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
+                             special_tokens={"<|start_header_id|>": 256, "<|assistant|>": 257})
+    assert decode._template(half) is None and decode._template(llama3_encoding) is chat_tokens
+
+
+@pytest.mark.parametrize("content, message", [(None, "holds no tokenizer that is read here: copy tokenizer.model"),
+                                              (b"\n\x0e\n\x05<unk>", "is SentencePiece's .* which is not read: give Llama 3's"),
+                                              (b"IQ== 0\n", "its 1 tokens lack some of the 256 single bytes")])
+def test_a_folder_whose_tokenizer_cannot_be_read_is_refused_before_the_weights(content, message, tmp_path):
+    (tmp_path / "config.json").write_text("no model either")
+    if content:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        decode.load_model(tmp_path)
 
 
 # --- the demo -----------------------------------------------------------------------------------
