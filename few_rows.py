@@ -155,6 +155,13 @@ def _packed_product(input: Tensor, found: tuple[Tensor, int, Tensor], bias: Tens
 
 # --- 3. the same for a whole model ------------------------------------------------------------
 
+def _is_known(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the products above can take them: (out, in) and (out,) on a CPU, not sparse, nor of a type of its own."""
+    return (weight.dim() == 2 and weight.is_cpu and type(weight) in (nn.Parameter, Tensor)
+            and weight.layout == torch.strided
+            and (bias is None or bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
+
+
 class FastLinear(TorchFunctionMode):
     """Inside, and in this thread only, every F.linear of a model on a CPU (its tied head's too) is ``linear``. Not for
     training: where gradients are recorded, and in autocast, it is torch's own."""
@@ -173,10 +180,9 @@ class FastLinear(TorchFunctionMode):
 
         ``row``: row_product(weight, bias), from a caller that keeps it; None: it is made anew for one row.
         """
-        is_plain = (input.dtype == weight.dtype and weight.dim() == 2 and input.shape[-1:] == weight.shape[1:]
-                    and type(weight) in (nn.Parameter, Tensor) and weight.layout == input.layout == torch.strided
-                    and (bias is None or bias.dtype == weight.dtype and bias.shape == weight.shape[:1]))
-        if not is_plain or not weight.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        is_known = ((row or _is_known(weight, bias)) and input.dtype == weight.dtype and input.layout == torch.strided
+                    and input.shape[-1:] == weight.shape[1:])
+        if not is_known or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(input, weight, bias)  # and its errors
         rows = input.shape[:-1].numel()
         found = _packed.get(id(weight))
@@ -208,9 +214,8 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
     ``FastLinear.linear``. Do not replace, move or copy the model's weights inside. (Under the mode FastLinear Python
     looks at every call of torch, which takes longer than it saves where all products are of one row.) A model with
     compiled parts keeps its layers: torch.compile would compile them anew each time."""
-    layers = [] if is_compiled(model) else [
-        m for m in model.modules() if type(m) is nn.Linear and type(m.weight) is nn.Parameter
-        and m.weight.layout == torch.strided and m.weight.device.type == "cpu" and "forward" not in vars(m)]
+    layers = [] if is_compiled(model) else [m for m in model.modules() if type(m) is nn.Linear
+                                            and "forward" not in vars(m) and _is_known(m.weight, m.bias)]
     experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE
     try:
         for m in layers:
