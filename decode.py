@@ -376,7 +376,7 @@ def load_model(directory: str | Path, device: str = "cpu"):
         model.load_state_dict(saved["model"], assign=True)
         encoding = tokenizer.load(path / "tokenizer.tiktoken")
     else:
-        raise ValueError(f"{directory}: no such directory: give one that train.py wrote, or a Hugging Face model's")
+        raise ValueError(f"{directory}: no such directory: give one that train.py, Hugging Face or Meta wrote")
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab} ids, the model "
                          f"{model.config.vocab_size}: it is not the one that the model was trained with")
