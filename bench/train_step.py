@@ -126,7 +126,8 @@ def compare_quality(device: torch.device, steps: int, precision: str, seed: int)
         with torch.no_grad():
             logits = model(x)
             logits = logits.logits if label.startswith("peer") else logits
-            losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+            # In fp32: a mean in bf16 would be a multiple of 1/64.
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")
             results[label] = losses.reshape(len(x), -1).mean(1)
         print(f"{label}   held-out loss after {steps} steps {results[label].mean():.4f}", flush=True)
     a, b = results.values()
