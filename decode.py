@@ -400,10 +400,9 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
         raise ValueError("stdin is closed: --chat and --prompt - read it")
     if chat and (render := _template(encoding)):
         return _take_turns(model, encoding, render, _lines(prompt), max_new_tokens, newest, generator, sampling)
-    begin = _begin(checkpoint, encoding)
     if not chat:
         text = sys.stdin.read() if prompt == "-" else prompt or ""
-        tokens = [*begin, *tokenizer.encode(encoding, text)] or [eot]
+        tokens = [*_begin(checkpoint, encoding), *tokenizer.encode(encoding, text)] or [eot]
         new = stream(model, tokens, max_new_tokens, stop_tokens=[eot], generator=generator, **sampling)
         print(text, end="", flush=True)
         for piece in decode_stream(new, encoding, [], [eot]):
@@ -412,7 +411,7 @@ def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: in
     text = ""
     for line in _lines(prompt):
         text += f"\nYou: {line}\nModel:"
-        tokens = [*begin, *tokenizer.encode(encoding, text)[len(begin) - newest:]]
+        tokens = tokenizer.encode(encoding, text)[-newest:]
         new = stream(model, tokens, max_new_tokens, stop_tokens=[eot], generator=generator, **sampling)
         print("Model:", end="", flush=True)
         for piece in decode_stream(new, encoding, ["\nYou:"], [eot]):
