@@ -7,7 +7,8 @@ Formula   log p(x_1 ... x_T) = sum_{t >= 2} log p(x_t | x_<t)
           sampling     x_t ~ softmax(filter(logits / temperature))      temperature 0: x_t = argmax logits
           beam search  argmax of log p(continuation) / length^length_penalty, over the best few prefixes
 Shapes    tokens (B, T) -> logits (B, V) of the last position -> next tokens (B,)
-Also      few_rows.py, if it can be imported: faster products on a CPU.
+Also      few_rows.py, if it can be imported: faster products on a CPU. What conversations become in tokens:
+          dialogue.py.
 Omits     a draft that guesses ahead (speculative.py has it), typical and contrastive sampling, constrained
           grammars, continuous batching.
 Run       python decode.py               a tiny model is trained, then decoded: 10 s on one core;
@@ -26,7 +27,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -352,133 +352,6 @@ def beam_search(model: nn.Module, prompt: Sequence[int], beams: int, max_new_tok
 
 # --- 7. program and demo ---------------------------------------------------------------------
 
-def load_model(directory: str | Path, device: str = "cpu"):
-    """(model, encoding) of a training run's directory, one of its checkpoints, or a directory of Hugging Face or Meta.
-
-    On a CPU large fp32 matrices are stored as decoding one row reads them fastest (``few_rows.one_row_layout``, which
-    says how to undo it). Raises ValueError if there is no such directory, or it holds no model and the tokenizer it was
-    trained with.
-    """
-    import checkpoint
-    import models
-    import tokenizer
-    directory = Path(directory)
-    if (directory / "config.json").exists() or (directory / "params.json").exists():
-        encoding = tokenizer.load(directory)  # the small part first: it may be missing
-        model = models.from_pretrained(directory)
-    elif directory.is_dir():
-        path = checkpoint.latest(directory)
-        saved = checkpoint.load(path, parts=("model",))
-        try:
-            model = models.build(saved["meta"].get("model_type"), saved["meta"]["model_config"], device="meta")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        model.load_state_dict(saved["model"], assign=True)
-        encoding = tokenizer.load(path / "tokenizer.tiktoken")
-    else:
-        raise ValueError(f"{directory}: no such directory: give one that train.py, Hugging Face or Meta wrote")
-    if encoding.n_vocab > model.config.vocab_size:
-        raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab} ids, the model "
-                         f"{model.config.vocab_size}: it is not the one that the model was trained with")
-    model = model.to(device).eval()
-    if fast := _few_rows():
-        fast.one_row_layout(model)
-    return model, encoding
-
-
-def converse(checkpoint: str, prompt: str | None, chat: bool, max_new_tokens: int, device: str, seed: int,
-             **sampling) -> None:
-    """Complete one prompt, or one conversation that grows by a line of stdin and an answer at a time."""
-    import tokenizer
-    model, encoding = load_model(checkpoint, device)
-    eot, generator = tokenizer.eot(encoding), torch.Generator(device).manual_seed(seed)
-    newest = model.config.context - max_new_tokens if chat else 0  # older lines leave a chat's context first
-    if chat and newest < 1:
-        raise ValueError(f"--max_new_tokens {max_new_tokens} leaves no room in a context of "
-                         f"{model.config.context}: take fewer")
-    if (chat or prompt == "-") and sys.stdin is None:
-        raise ValueError("stdin is closed: --chat and --prompt - read it")
-    if chat and (render := _template(encoding)):
-        return _take_turns(model, encoding, render, _lines(prompt), max_new_tokens, newest, generator, sampling)
-    if not chat:
-        text = sys.stdin.read() if prompt == "-" else prompt or ""
-        tokens = [*_begin(checkpoint, encoding), *tokenizer.encode(encoding, text)] or [eot]
-        new = stream(model, tokens, max_new_tokens, stop_tokens=[eot], generator=generator, **sampling)
-        print(text, end="", flush=True)
-        for piece in decode_stream(new, encoding, [], [eot]):
-            print(piece, end="", flush=True)
-        return print()
-    text = ""
-    for line in _lines(prompt):
-        text += f"\nYou: {line}\nModel:"
-        tokens = tokenizer.encode(encoding, text)[-newest:]
-        new = stream(model, tokens, max_new_tokens, stop_tokens=[eot], generator=generator, **sampling)
-        print("Model:", end="", flush=True)
-        for piece in decode_stream(new, encoding, ["\nYou:"], [eot]):
-            print(piece, end="", flush=True)
-            text += piece
-        print()
-
-
-def _begin(checkpoint: str, encoding) -> list[int]:
-    """What a text begins with: a published Llama 3 has read no text without <|begin_of_text|>."""
-    is_published = any((Path(checkpoint) / name).exists() for name in ("config.json", "params.json"))
-    token = "<|begin_of_text|>"
-    return [encoding.encode_single_token(token)] if is_published and token in encoding.special_tokens_set else []
-
-
-def _lines(first: str | None) -> Iterator[str]:
-    """What is typed, line by line, after ``first``; until /exit or the end of stdin."""
-    while True:
-        print("You: ", end="" if first is None else f"{first}\n", flush=True)
-        line, first = sys.stdin.readline() if first is None else f"{first}\n", None
-        if not line:
-            return print()
-        if line.strip() == "/exit":
-            return
-        if line.strip():
-            yield line.strip()
-
-
-def _template(encoding) -> Callable | None:
-    """(encoding, messages) -> tokens, up to where the answer begins, if the vocabulary has the control tokens of a
-    chat template: chat.py's, which alignment.py has taught, or Llama 3's."""
-    known = encoding.special_tokens_set
-    if {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"} <= known:
-        from chat import render_prompt
-        return render_prompt
-    if {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= known:
-        from llama_chat import chat_tokens
-        return chat_tokens
-    return None
-
-
-def _take_turns(model: nn.Module, encoding, render: Callable, lines: Iterator[str], max_new_tokens: int, newest: int,
-                generator: torch.Generator, sampling: dict) -> None:
-    """A conversation in its template; its oldest turns leave a context of ``newest`` tokens first. Any control token
-    ends an answer."""
-    import tokenizer
-    messages, ends = [], [encoding.encode_single_token(token) for token in encoding.special_tokens_set]
-    for line in lines:
-        question = {"role": "user", "content": line}
-        needed = len(tokenizer.encode(encoding, line))
-        needed = needed if needed > newest else len(render(encoding, [question]))
-        if needed > newest:
-            print(f"a line of {needed} tokens, with those of the template, does not fit: {newest} are free beside the "
-                  "answer: shorten it, or take fewer --max_new_tokens")
-            continue
-        messages.append(question)
-        while len(tokens := render(encoding, messages)) > newest:
-            del messages[:2]
-        new, answer = stream(model, tokens, max_new_tokens, stop_tokens=ends, generator=generator, **sampling), ""
-        print("Model: ", end="", flush=True)
-        for piece in decode_stream(new, encoding, [], ends):
-            print(piece, end="", flush=True)
-            answer += piece
-        print()
-        messages.append({"role": "assistant", "content": answer.strip()})
-
-
 def demo(max_new_tokens: int, seed: int, device: str) -> None:
     """A small GPT learns the beginning of a page of documentation by heart; then all methods decode."""
     from gpt import GPT, GPTConfig, next_token_loss
@@ -508,23 +381,37 @@ def demo(max_new_tokens: int, seed: int, device: str) -> None:
           "each)")
 
 
-def main(checkpoint: str | None, prompt: str | None, chat: bool, temperature: float, top_p: float, **options) -> None:
-    if not 0 <= options["seed"] < 2**32:
-        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {options['seed']}")
-    if options["max_new_tokens"] < 1:  # bad values are refused before the long work
-        raise ValueError(f"--max_new_tokens must be at least 1, got {options['max_new_tokens']}")
+def main(checkpoint: str | None, prompt: str | None, chat: bool, max_new_tokens: int, temperature: float, top_p: float,
+         seed: int, device: str) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
+    if max_new_tokens < 1:  # bad values are refused before the long work
+        raise ValueError(f"--max_new_tokens must be at least 1, got {max_new_tokens}")
     try:
         Sampling(temperature, top_p=top_p)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
     if chat and prompt == "-":
         raise ValueError("--chat and --prompt - would both read stdin: give the prompt as text")
-    if checkpoint is not None:
-        converse(checkpoint, prompt, chat, temperature=temperature, top_p=top_p, **options)
-    elif prompt is not None or chat:
+    if checkpoint is None and (chat or prompt is not None):
         raise ValueError("--prompt and --chat need a --checkpoint: without one the demo runs")
-    else:
-        demo(**options)
+    if (chat or prompt == "-") and sys.stdin is None:
+        raise ValueError("stdin is closed: --chat and --prompt - read it")
+    if checkpoint is None:
+        return demo(max_new_tokens, seed, device)
+
+    from dialogue import Dialogue, complete, converse, print_as_it_comes, text_begins_with
+    from models import load_model
+    model, encoding = load_model(checkpoint, device)
+    if fast := _few_rows():
+        fast.one_row_layout(model)
+    options = dict(generator=torch.Generator(device).manual_seed(seed), temperature=temperature, top_p=top_p)
+    if chat:
+        return converse(Dialogue(model, encoding, max_new_tokens, **options), prompt)
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    pieces = complete(model, encoding, text, max_new_tokens, begin=text_begins_with(checkpoint, encoding), **options)
+    print(text, end="", flush=True)
+    print_as_it_comes(pieces)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,33 @@ def from_pretrained(directory: str | Path) -> nn.Module:
     raise ValueError(f"{directory}: model_type is {kind!r}: gpt2, llama, mistral, mixtral and olmoe can be read")
 
 
+def load_model(directory: str | Path, device: str = "cpu"):
+    """(model, encoding), in eval mode, of a training run's directory, one of its checkpoints, or a directory of Hugging
+    Face or Meta. Raises ValueError if there is no such directory, or it holds no model and the tokenizer it was trained
+    with."""
+    import checkpoint
+    import tokenizer
+    directory = Path(directory)
+    if (directory / "config.json").exists() or (directory / "params.json").exists():
+        encoding = tokenizer.load(directory)  # the small part first: it may be missing
+        model = from_pretrained(directory)
+    elif directory.is_dir():
+        path = checkpoint.latest(directory)
+        saved = checkpoint.load(path, parts=("model",))
+        try:
+            model = build(saved["meta"].get("model_type"), saved["meta"]["model_config"], device="meta")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        model.load_state_dict(saved["model"], assign=True)
+        encoding = tokenizer.load(path / "tokenizer.tiktoken")
+    else:
+        raise ValueError(f"{directory}: no such directory: give one that train.py, Hugging Face or Meta wrote")
+    if encoding.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{directory}: the tokenizer has {encoding.n_vocab} ids, the model "
+                         f"{model.config.vocab_size}: it is not the one that the model was trained with")
+    return model.to(device).eval(), encoding
+
+
 # --- 2. demo ---------------------------------------------------------------------------------
 
 def main() -> None:

@@ -37,12 +37,10 @@ from torch import Tensor
 
 def load_policy(directory: str | Path, device: torch.device | str = "cpu"):
     """(model, encoding) of a run's directory, a checkpoint or a Hugging Face directory, ready to chat: the special
-    tokens of chat.py are in its vocabulary. ValueError as decode.load_model."""
+    tokens of chat.py are in its vocabulary. ValueError as models.load_model."""
     import chat
-    import decode
-    model, encoding = decode.load_model(directory, str(device))
-    for p in model.parameters():
-        p.data = p.data.contiguous()  # decoding one row prefers another layout than training and sending do
+    import models
+    model, encoding = models.load_model(directory, str(device))
     encoding = chat.extend(encoding)
     chat.resize_vocabulary(model, encoding.max_token_value + 1, torch.Generator().manual_seed(0))
     return model, encoding

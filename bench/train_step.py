@@ -1,7 +1,7 @@
 """Our training step beside a plain eager one: transformers' GPT2LMHeadModel with torch's AdamW, same size, same data.
 
     python bench/train_step.py                 time of a step, both shapes, ours in fp32 and bf16
-    python bench/train_step.py --quality       held-out loss after 2,000 steps of each at the small shape
+    python bench/train_step.py --quality       held-out loss after 2,000 steps at the small shape, from the same weights, five times
     python bench/train_step.py --device cuda   the same on a GPU
 
 Every round times a few steps of each, in turn; the ratio is that of the medians over the rounds. The peer is what a
@@ -12,6 +12,7 @@ import argparse
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ except ImportError as error:
     print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
+transformers.utils.logging.disable_progress_bar()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
@@ -69,14 +71,20 @@ class Peer:
 
 
 def ours(shape: dict, vocab_size: int, device: torch.device, lr: float, precision: str, steps: int,
-         seed: int = 0) -> Trainer:
+         like: transformers.GPT2LMHeadModel | None = None) -> Trainer:
+    """``like``: a model of theirs to begin with the weights of."""
     sizes = {name: value for name, value in shape.items() if name != "batch"}
     config = TrainConfig(**sizes, batch_tokens=shape["batch"] * shape["context"], precision=precision,
                          device=device.type, lr=lr, steps=steps, schedule="constant", warmup_steps=0)
     config, _ = derive(config, 1, device.type, False)
     sizes = gpt.GPTConfig(vocab_size, config.context, config.n_layers, config.n_heads, config.d_model)
     attention = pick_attention(device, config.context, precision)
-    model = gpt.GPT(sizes, attention, torch.Generator().manual_seed(seed)).to(device)
+    model = gpt.GPT(sizes, attention, torch.Generator().manual_seed(0))
+    if like is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            like.save_pretrained(folder)
+            model.load_state_dict(gpt.GPT.from_pretrained(folder).state_dict())
+    model = model.to(device)
     return Trainer(config, model, World(device=device))
 
 
@@ -107,32 +115,48 @@ def time_steps(device: torch.device, rounds: int, vocab_size: int, slow_bf16: bo
                   f"{median / peer:.2f} of the peer's fp32 step", flush=True)
 
 
-def compare_quality(device: torch.device, steps: int, precision: str, seed: int) -> None:
+def compare_quality(device: torch.device, steps: int, precisions: list[str], seeds: int) -> None:
     documents, held_out = data.split_documents(data.default_documents())
     encoding = tokenizer.train(documents, 1024)
     eot = tokenizer.eot(encoding)
     shape = SHAPES["small"]
-    tokens = [data.pack(texts, lambda text: tokenizer.encode(encoding, text), eot, encoding.n_vocab)
-              for texts in (documents, held_out)]
-    train = data.TokenWindows(tokens[0], shape["context"])
-    validation = data.TokenWindows(tokens[1], shape["context"], shuffle=False)
-    x, y = (t.to(device) for t in validation.batch(0, min(512, len(validation))))
-    results = {}
-    for label, run in (("peer fp32", Peer(shape, 1024, device, 1e-3, False, seed)),
-                       (f"ours {precision}", ours(shape, 1024, device, 1e-3, precision, steps, seed))):
-        for step in range(steps):
-            run.step(step, train)
-        model = (run.model if label.startswith("peer") else run.parallel.model).eval()
-        with torch.no_grad():
-            logits = model(x)
-            logits = logits.logits if label.startswith("peer") else logits
-            # In fp32: a mean in bf16 would be a multiple of 1/64.
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")
-            results[label] = losses.reshape(len(x), -1).mean(1)
-        print(f"{label}   held-out loss after {steps} steps {results[label].mean():.4f}", flush=True)
-    a, b = results.values()
-    print(f"ours - peer = {(b - a).mean():+.4f}, of which one standard error over the {len(x)} held-out windows is "
-          f"{((b - a).std() / len(x) ** 0.5):.4f}")
+    packed, held_out = (data.pack(texts, lambda text: tokenizer.encode(encoding, text), eot, encoding.n_vocab)
+                        for texts in (documents, held_out))
+    validation = data.TokenWindows(held_out, shape["context"], shuffle=False)
+    losses = {f"{who} {kind}": [] for kind in precisions for who in ("peer", "ours")}
+    for seed in range(seeds):  # of the weights, the same for all, and of the order of the windows
+        train = data.TokenWindows(packed, shape["context"], seed)
+        for label, values in losses.items():
+            who, kind = label.split()
+            peer = Peer(shape, 1024, device, 1e-3, kind == "bf16", seed)
+            run = peer if who == "peer" else ours(shape, 1024, device, 1e-3, kind, steps, peer.model)
+            for step in range(steps):
+                run.step(step, train)
+            values.append(held_out_loss(run, validation, device))
+            print(f"seed {seed}   {label}   held-out loss after {steps} steps {values[-1]:.4f}", flush=True)
+    for label, values in losses.items():
+        print(f"mean of {seeds} seeds   {label} {statistics.mean(values):.4f}")
+    for ours_kind in precisions:
+        for peer_kind in precisions:
+            pairs = zip(losses[f"ours {ours_kind}"], losses[f"peer {peer_kind}"])
+            differences = [a - b for a, b in pairs]
+            error = statistics.stdev(differences) / seeds ** 0.5 if seeds > 1 else float("nan")
+            print(f"ours {ours_kind} - peer {peer_kind} = {statistics.mean(differences):+.4f}, standard error over the "
+                  f"seeds {error:.4f}")
+
+
+@torch.no_grad()
+def held_out_loss(run, validation: data.TokenWindows, device: torch.device, batch: int = 256) -> float:
+    """Nats a token over 4,096 windows, averaged in fp32: a mean in bf16 would be a multiple of 1/64."""
+    losses = []
+    for first in range(0, min(4096, len(validation)), batch):
+        x, y = (t.to(device) for t in validation.batch(first, batch))
+        if isinstance(run, Peer):
+            losses.append(run.loss(x, y).item())
+        else:
+            logits = run.parallel.model.eval()(x)
+            losses.append(F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item())
+    return statistics.mean(losses)
 
 
 if __name__ == "__main__":
@@ -144,8 +168,8 @@ if __name__ == "__main__":
     parser.add_argument("--vocab_size", type=int, default=65, help="of random tokens (default %(default)s: characters)")
     parser.add_argument("--quality", action="store_true", help="compare held-out loss instead of time")
     parser.add_argument("--steps", type=int, default=2000, help="of --quality (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights of both, for --quality (default %(default)s)")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of ours, for --quality (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="weights and orders of the data to begin with, for --quality (default %(default)s)")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"), help="of both sides, for --quality (default: both)")
     parser.add_argument("--slow_bf16", action="store_true", help="time bf16 even without hardware for it")
     a = parser.parse_args()
     device = torch.device(a.device)
@@ -157,7 +181,7 @@ if __name__ == "__main__":
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, {torch.get_num_threads()} threads")
     try:
         if a.quality:
-            compare_quality(device, a.steps, a.precision, a.seed)
+            compare_quality(device, a.steps, a.precisions, a.seeds)
         else:
             time_steps(device, a.rounds, a.vocab_size, a.slow_bf16)
     except KeyboardInterrupt:

@@ -325,11 +325,11 @@ def test_programs_chat_with_what_was_trained_and_refuse_in_one_line(done, monkey
     out, _ = done
     lines = iter(["What does textwrap.dedent do?\n", "\n", "And what else?\n", "/exit\n"])
     monkeypatch.setattr("sys.stdin", type("Input", (), {"readline": staticmethod(lambda: next(lines))}))
-    decode.converse(str(out / "ppo"), None, True, 5, "cpu", 0, temperature=0.0)
+    decode.main(str(out / "ppo"), None, True, 5, 0.0, 1.0, 0, "cpu")
     shown = capsys.readouterr().out
     assert shown.count("Model: ") == 2 and "<|" not in shown
     lines = iter(["word " * 90 + "\n", "/exit\n"])
-    decode.converse(str(out / "ppo"), None, True, 5, "cpu", 0, temperature=0.0)
+    decode.main(str(out / "ppo"), None, True, 5, 0.0, 1.0, 0, "cpu")
     shown = capsys.readouterr().out
     assert re.search("a line of .* tokens, .*, does not fit: .* answer: shorten it, or take fewer --max_new_tokens", shown)
     for flags, message in ((["--init", "nowhere"], "nowhere: no such directory"), (["--sft_lr", "x"], "invalid float value"),

@@ -19,7 +19,6 @@ import torch.nn as nn
 
 import checkpoint
 import config
-import decode
 import models
 import pieces
 import tokenizer
@@ -263,7 +262,7 @@ def test_transformers_opens_an_export_and_so_do_we(kind, tmp_path):
          write_files=lambda folder: tokenizer.save(encoding, folder / "tokenizer.tiktoken"))
     checkpoint.export(tmp_path, tmp_path / "hf")
     theirs, words = (auto.from_pretrained(tmp_path / "hf") for auto in (AutoModelForCausalLM, AutoTokenizer))
-    ours, same = decode.load_model(tmp_path / "hf")
+    ours, same = models.load_model(tmp_path / "hf")
     ids = tokenizer.encode(encoding, "<|user|>to be, or?<|endoftext|>", allow_special=True)
     assert ids == words("<|user|>to be, or?<|endoftext|>")["input_ids"]
     assert ids == tokenizer.encode(same, "<|user|>to be, or?<|endoftext|>", allow_special=True)

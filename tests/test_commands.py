@@ -67,6 +67,7 @@ COMMANDS = {
         "python corpus.py --data {tmp}/pages.jsonl --vocab_size 280", "decoded tokens = held-out text: True"),
     "python run_folder.py": (None, "8 of 8 cases as expected"),
     "python llama.py": ("python llama.py --steps 2", r"max \|cached - uncached logits\| = \d\.\de-0[5-9]"),
+    "python dialogue.py": ("python dialogue.py --steps 10", r"of 10 answered: .*; what no longer fitted was left out: "),
     "python llama_chat.py": (None, "stays text: True"),
     "python moe.py": ("python moe.py --steps 2", "z-loss keeps the logits small: "),
     "python rnn.py": (None, "each above the one before: True"),

@@ -15,6 +15,7 @@ import decode
 import llama_chat
 import tokenizer
 import weights
+from dialogue import form_of, text_begins_with, transcript
 from llama import Llama, LlamaConfig
 from llama_chat import chat_stop_tokens, chat_tokens, naive_chat_text
 
@@ -107,41 +108,15 @@ def test_a_published_folder_is_talked_to_in_its_format(llama3_file, llama3_encod
     assert out.count("You: ") == 4 and "Model: Hi there \n" in out and "Model: Bye\n" in out
 
 
-@pytest.mark.parametrize("room", [0, -1])
-def test_a_question_and_its_answer_leave_a_full_context_together(room, llama3_encoding, monkeypatch, capsys):
-    """What fits to the last token stays; a line that never fits is said to, and nothing is lost by it."""
-    question, answer, last = ({"role": role, "content": content} for role, content in
-                              (("user", "What is it?"), ("assistant", "A test."), ("user", "Sure?")))
-    prompts = []
-    monkeypatch.setattr(decode, "stream", lambda model, tokens, *_, **__: prompts.append(tokens) or iter([*b" A test. ", 128009]))
-    newest = len(chat_tokens(llama3_encoding, [question, answer, last])) + room
-    lines = iter(["What is it?", "long " * newest, "x" * 2 * newest, "Sure?"])
-    decode._take_turns(None, llama3_encoding, chat_tokens, lines, 8, newest, None, {})
-    assert prompts == [chat_tokens(llama3_encoding, [question]),
-                       chat_tokens(llama3_encoding, [last] if room else [question, answer, last])]
-    assert capsys.readouterr().out.count(f"does not fit: {newest} are free beside the answer") == 2
-
-
 def test_a_published_model_completes_behind_begin_of_text_and_ours_does_not(llama3_encoding, tmp_path):
-    assert decode._begin(str(tmp_path), llama3_encoding) == []
+    assert text_begins_with(str(tmp_path), llama3_encoding) == []
     (tmp_path / "config.json").touch()
-    assert decode._begin(str(tmp_path), llama3_encoding) == [128000]
+    assert text_begins_with(str(tmp_path), llama3_encoding) == [128000]
     other = tiktoken.Encoding("other", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
-    assert decode._begin(str(tmp_path), other) == [] and decode._template(other) is None
+    assert text_begins_with(str(tmp_path), other) == [] and form_of(other).render is transcript
     half = tiktoken.Encoding("half", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
                              special_tokens={"<|start_header_id|>": 256, "<|assistant|>": 257})
-    assert decode._template(half) is None and decode._template(llama3_encoding) is chat_tokens
-
-
-@pytest.mark.parametrize("content, message", [(None, "holds no tokenizer that is read here: copy tokenizer.model"),
-                                              (b"\n\x0e\n\x05<unk>", "is SentencePiece's .* which is not read: give Llama 3's"),
-                                              (b"IQ== 0\n", "its 1 tokens lack some of the 256 single bytes")])
-def test_a_folder_whose_tokenizer_cannot_be_read_is_refused_before_the_weights(content, message, tmp_path):
-    (tmp_path / "config.json").write_text("no model either")
-    if content:
-        (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        decode.load_model(tmp_path)
+    assert form_of(half).render is transcript and form_of(llama3_encoding).render is chat_tokens
 
 
 # --- the demo -----------------------------------------------------------------------------------

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
+import decode
 import gpt
 import llama
 import models
 import moe
+import tokenizer
 from config import PRESETS, TrainConfig
 
 TINY = {"context": 16, "n_layers": 2, "n_heads": 4, "d_model": 32}
@@ -126,3 +129,40 @@ def test_demo_counts_as_many_parameters_as_are_made(capsys):
 def test_sizes_survive_a_checkpoints_json():
     settings = TrainConfig(model="moe", **TINY)
     assert json.loads(json.dumps(dataclasses.asdict(settings)))["model"] == "moe"
+
+
+# --- a folder that somebody wrote ---
+
+def test_loading_refuses_another_model_and_another_tokenizer(tmp_path):
+    model, encoding = gpt.GPT(gpt.GPTConfig(270, 32, 1, 2, 16)), tokenizer.train(["some words to merge, some words"], 275)
+    meta = {"model_type": "gpt", "model_config": vars(model.config)}
+    for meta, message in ((meta, "the tokenizer has 272 ids, the model 270: it is not the one that the model was trained with"),
+                          (meta | {"model_type": "bert"}, "model must be one of gpt, llama, moe, got 'bert'"),
+                          (meta | {"model_type": "llama"}, "unexpected keyword argument 'dropout'")):
+        checkpoint.save(tmp_path, 1, {"model": model.state_dict()}, meta,
+                        lambda path: tokenizer.save(encoding, path / "tokenizer.tiktoken"))
+        with pytest.raises(ValueError, match=message):
+            models.load_model(tmp_path)
+
+
+def test_hugging_face_directory_loads(tmp_path):
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    vocab = {chr(b): i for i, b in enumerate(shown)} | {chr(256 + i): 188 + i for i in range(len(hidden))}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": 256}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    gpt.GPT(gpt.GPTConfig(257, 16, 1, 2, 8)).save_pretrained(tmp_path, eot=256)
+    model, encoding = models.load_model(tmp_path)
+    assert tokenizer.eot(encoding) == 256 and not model.training
+    assert len(decode.generate(model, [tokenizer.encode(encoding, "hé")], 4)[0]) <= 4
+
+
+@pytest.mark.parametrize("content, message", [(None, "holds no tokenizer that is read here: copy tokenizer.model"),
+                                              (b"\n\x0e\n\x05<unk>", "is SentencePiece's .* which is not read: give Llama 3's"),
+                                              (b"IQ== 0\n", "its 1 tokens lack some of the 256 single bytes")])
+def test_a_folder_whose_tokenizer_cannot_be_read_is_refused_before_the_weights(content, message, tmp_path):
+    (tmp_path / "config.json").write_text("no model either")
+    if content:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        models.load_model(tmp_path)

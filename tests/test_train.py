@@ -24,8 +24,8 @@ from conftest import ROOT, Program, run_program, spawn_ranks
 import alignment
 import checkpoint
 import data
-import decode
 import gpt
+import models
 import processes
 import tokenizer
 import train
@@ -85,12 +85,21 @@ def main_and_errors_on_rank(rank, arguments):
 
 # --- what is learnt ---------------------------------------------------------------------------
 
-def test_losses_match_a_plain_loop_with_torchs_own_parts(unbroken, text):
-    """Forward by GPT, everything else as torch's tutorials do it."""
+@pytest.mark.parametrize("library", ["ours", "transformers"])
+def test_losses_match_a_plain_loop_with_torchs_own_parts(library, unbroken, text, tmp_path):
+    """Forward by our GPT or by transformers' from the same weights, everything else as torch's tutorials do it."""
     out, lines = unbroken
     encoding = tokenizer.load(out / "tokens" / "tokenizer.tiktoken")
     windows = data.TokenWindows(np.load(out / "tokens" / "train.npy"), 16, seed=0)
     model = gpt.GPT(gpt.GPTConfig(encoding.n_vocab, 16, 1, 2, 16), generator=torch.Generator().manual_seed(0))
+    forward = model
+    if library == "transformers":
+        import transformers
+        model.save_pretrained(tmp_path)
+        model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+
+        def forward(x):
+            return model(x).logits
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}],
@@ -98,7 +107,7 @@ def test_losses_match_a_plain_loop_with_torchs_own_parts(unbroken, text):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12, eta_min=2e-4)  # 12 // 20 = 0 steps of warm-up
     for step, line in enumerate(lines):
         x, y = windows.batch(8 * step, 8)
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss = F.cross_entropy(forward(x).flatten(0, 1), y.flatten())
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -109,7 +118,7 @@ def test_losses_match_a_plain_loop_with_torchs_own_parts(unbroken, text):
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     held_out = np.load(out / "tokens" / "validation.npy").astype(np.int64)[:16 * 16 + 1]
     x, y = torch.tensor(held_out[:-1]).view(16, 16), torch.tensor(held_out[1:]).view(16, 16)
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
+    expected = F.cross_entropy(forward(x).flatten(0, 1), y.flatten()).item()
     assert lines[-1]["held_out_loss"] == pytest.approx(expected, abs=1e-5)
     assert losses(lines)[0] == pytest.approx(math.log(280), abs=0.1) and losses(lines)[-1] < losses(lines)[0]
 
@@ -608,7 +617,7 @@ def test_the_checkpoint_says_everything(unbroken, text):
 
 
 def test_a_trained_checkpoint_decodes(unbroken):
-    model, encoding = decode.load_model(str(unbroken[0]), "cpu")
+    model, encoding = models.load_model(str(unbroken[0]), "cpu")
     assert encoding.n_vocab == 280 and model.config.context == 16
     x = torch.randint(280, (2, 10), generator=torch.Generator().manual_seed(0))
     again = gpt.GPT(model.config)
