@@ -381,8 +381,8 @@ def demo(max_new_tokens: int, seed: int, device: str) -> None:
           "each)")
 
 
-def main(checkpoint: str | None, prompt: str | None, chat: bool, max_new_tokens: int, temperature: float, top_p: float,
-         seed: int, device: str) -> None:
+def main(checkpoint: str | None, prompt: str | None, chat: bool, system: str, max_new_tokens: int, temperature: float,
+         top_p: float, seed: int, device: str) -> None:
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed must be in 0 .. 2^32 - 1, got {seed}")
     if max_new_tokens < 1:  # bad values are refused before the long work
@@ -397,6 +397,12 @@ def main(checkpoint: str | None, prompt: str | None, chat: bool, max_new_tokens:
         raise ValueError("--prompt and --chat need a --checkpoint: without one the demo runs")
     if (chat or prompt == "-") and sys.stdin is None:
         raise ValueError("stdin is closed: --chat and --prompt - read it")
+    if system and not chat:
+        raise ValueError("--system is what a conversation begins with: take --chat, too")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter if torch was built without it
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0][:80]}: take cpu, or another torch") from None
     if checkpoint is None:
         return demo(max_new_tokens, seed, device)
 
@@ -407,7 +413,7 @@ def main(checkpoint: str | None, prompt: str | None, chat: bool, max_new_tokens:
         fast.one_row_layout(model)
     options = dict(generator=torch.Generator(device).manual_seed(seed), temperature=temperature, top_p=top_p)
     if chat:
-        return converse(Dialogue(model, encoding, max_new_tokens, **options), prompt)
+        return converse(Dialogue(model, encoding, max_new_tokens, system=system, **options), prompt)
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     pieces = complete(model, encoding, text, max_new_tokens, begin=text_begins_with(checkpoint, encoding), **options)
     print(text, end="", flush=True)
@@ -423,6 +429,8 @@ if __name__ == "__main__":
                                          "(default: start at end-of-text)")
     parser.add_argument("--chat", action="store_true",
                         help="converse line by line; ends on /exit, Ctrl-D or Ctrl-C")
+    parser.add_argument("--system", default="", metavar="TEXT",
+                        help="with --chat: what stands in front of the conversation (default: nothing)")
     parser.add_argument("--max_new_tokens", type=int, default=64,
                         help="per completion or answer (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8,
@@ -440,8 +448,7 @@ if __name__ == "__main__":
         main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         parser.exit(130, "\n")
-    # torch reports an unusable device as a RuntimeError, or an AssertionError if it was built without it
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error).split("\n")[0][:200])
     except ImportError as error:
         parser.error(f"{error}: copy that file beside this one, or install that package")

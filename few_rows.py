@@ -211,21 +211,26 @@ def is_compiled(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def fast_layers(model: nn.Module) -> Iterator[None]:
     """Inside, and for every thread, a model's linear layers on a CPU, and its experts at one token, multiply by
-    ``FastLinear.linear``. Do not replace, move or copy the model's weights inside. (Under the mode FastLinear Python
-    looks at every call of torch, which takes longer than it saves where all products are of one row.) A model with
-    compiled parts keeps its layers: torch.compile would compile them anew each time."""
-    layers = [] if is_compiled(model) else [m for m in model.modules() if type(m) is nn.Linear
-                                            and "forward" not in vars(m) and _is_known(m.weight, m.bias)]
+    ``FastLinear.linear``; its LayerNorms have their weights at hand: for one row, looking them up takes longer. Do not
+    replace, move or copy the model's weights inside. (Under the mode FastLinear Python looks at every call of torch,
+    which takes longer than it saves where all products are of one row.) A model with compiled parts keeps its layers:
+    torch.compile would compile them anew each time."""
+    plain = [] if is_compiled(model) else [m for m in model.modules() if "forward" not in vars(m)]
+    layers = [m for m in plain if type(m) is nn.Linear and _is_known(m.weight, m.bias)]
+    norms = [m for m in plain if type(m) is nn.LayerNorm and m.weight is not None and m.weight.is_cpu]
     experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE
     try:
         for m in layers:
             row = row_product(m.weight, m.bias)
             m.forward = functools.partial(FastLinear.linear, weight=m.weight, bias=m.bias, row=row)
+        for m in norms:
+            m.forward = functools.partial(torch.layer_norm, normalized_shape=m.normalized_shape, weight=m.weight,
+                                          bias=m.bias, eps=m.eps)
         for m in experts:
             m.linear = FastLinear.linear
         yield
     finally:
-        for m in layers:
+        for m in layers + norms:
             m.__dict__.pop("forward", None)  # another thread, with the same model, may have been here
         for m in experts:
             m.linear = F.linear

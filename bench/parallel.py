@@ -92,16 +92,19 @@ def model_and_tokens(device, layers=5, width=384, context=64, rows=8, heads=6):
 
 
 def bench_dp(device, rounds):
-    model, tokens = model_and_tokens(device)
+    """A step's gradients are the same bytes however many tokens it has: what sending them costs depends on these."""
+    model, tokens = model_and_tokens(device, rows=32)
     one, ours = copy.deepcopy(model), copy.deepcopy(model)
     theirs = nn.parallel.DistributedDataParallel(copy.deepcopy(model), gradient_as_bucket_view=True)
     dp = parallel.DataParallel(ours)
-    runs = {"nothing sent": step_of(one, adamw(one), tokens), "DDP": step_of(theirs, adamw(theirs), tokens),
-            "ours": step_of(ours, adamw(ours), tokens, dp.finish)}
-    found = medians(runs, rounds)
-    say(f"dp       GPT of {count_parameters(model.config):,} parameters, {len(tokens)} x 64 tokens a process, 2 processes")
-    for name, seconds in found.items():
-        say(f"  {name:13} {1e3 * seconds:7.1f} ms   ours / it = {found['ours'] / seconds:.2f}")
+    say(f"dp       GPT of {count_parameters(model.config):,} parameters, 2 processes")
+    for rows in (8, 16, 32):  # 16 x 64 a process are train.py's 2,048 tokens a step
+        x = tokens[:rows]
+        runs = {"nothing sent": step_of(one, adamw(one), x), "DDP": step_of(theirs, adamw(theirs), x),
+                "ours": step_of(ours, adamw(ours), x, dp.finish)}
+        found = medians(runs, rounds)
+        for name, seconds in found.items():
+            say(f"  {rows:2} x 64 tokens a process   {name:13} {1e3 * seconds:7.1f} ms   ours / it = {found['ours'] / seconds:.2f}")
     with communication.counting() as sent:
         runs["ours"]()
     mine = sum(p.nbytes for p in model.parameters())  # of gradients; DDP sends each once, too (2006.15704, section 3.2)

@@ -325,13 +325,13 @@ def test_programs_chat_with_what_was_trained_and_refuse_in_one_line(done, monkey
     out, _ = done
     lines = iter(["What does textwrap.dedent do?\n", "\n", "And what else?\n", "/exit\n"])
     monkeypatch.setattr("sys.stdin", type("Input", (), {"readline": staticmethod(lambda: next(lines))}))
-    decode.main(str(out / "ppo"), None, True, 5, 0.0, 1.0, 0, "cpu")
+    decode.main(str(out / "ppo"), None, True, "", 5, 0.0, 1.0, 0, "cpu")
     shown = capsys.readouterr().out
     assert shown.count("Model: ") == 2 and "<|" not in shown
     lines = iter(["word " * 90 + "\n", "/exit\n"])
-    decode.main(str(out / "ppo"), None, True, 5, 0.0, 1.0, 0, "cpu")
+    decode.main(str(out / "ppo"), None, True, "", 5, 0.0, 1.0, 0, "cpu")
     shown = capsys.readouterr().out
-    assert re.search("a line of .* tokens, .*, does not fit: .* answer: shorten it, or take fewer --max_new_tokens", shown)
+    assert re.search("this line takes .* tokens, and .* are left for it: shorten it, or lower max_new_tokens", shown)
     for flags, message in ((["--init", "nowhere"], "nowhere: no such directory"), (["--sft_lr", "x"], "invalid float value"),
                            (["--zzz", "1"], "unknown flag --zzz: see --help"),
                            (["--sft_epoch=1"], "unknown flag --sft_epoch: did you mean --sft_epochs?"),

@@ -43,7 +43,7 @@ COMMANDS = {
     'python decode.py --checkpoint out/pretrain --prompt "The function"': (
         'python decode.py --checkpoint {tmp}/run --prompt "The" --max_new_tokens 5', "The"),
     "python decode.py --checkpoint out/pretrain --chat": (
-        "python decode.py --checkpoint {tmp}/run --chat --max_new_tokens 3", ""),
+        "python decode.py --checkpoint {tmp}/wide --chat --max_new_tokens 3", ""),
     "python parallel.py": ("python parallel.py --steps 3 --d_model 16 --batch 6", r"max \|DP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
     "torchrun --standalone --nproc_per_node=2 parallel.py": ("torchrun --standalone --nproc_per_node=2 parallel.py --steps 2 --d_model 16 --batch 6",
                                                  r"max \|DP - one process\| = \d\.\de-1\d .*OK, below 1e-10"),
@@ -67,7 +67,7 @@ COMMANDS = {
         "python corpus.py --data {tmp}/pages.jsonl --vocab_size 280", "decoded tokens = held-out text: True"),
     "python run_folder.py": (None, "8 of 8 cases as expected"),
     "python llama.py": ("python llama.py --steps 2", r"max \|cached - uncached logits\| = \d\.\de-0[5-9]"),
-    "python dialogue.py": ("python dialogue.py --steps 10", r"of 10 answered: .*; what no longer fitted was left out: "),
+    "python dialogue.py": ("python dialogue.py --steps 10", r"of 10 answered: .*; the oldest turns are forgotten: "),
     "python llama_chat.py": (None, "stays text: True"),
     "python moe.py": ("python moe.py --steps 2", "z-loss keeps the logits small: "),
     "python rnn.py": (None, "each above the one before: True"),

@@ -353,7 +353,7 @@ def run_directory(tmp_path_factory):
     return directory
 
 
-OPTIONS = dict(max_new_tokens=8, temperature=0.8, top_p=0.95, seed=0, device="cpu")
+OPTIONS = dict(system="", max_new_tokens=8, temperature=0.8, top_p=0.95, seed=0, device="cpu")
 
 
 def test_program_completes_prompts_and_every_flag_changes_something(run_directory, capsys, monkeypatch):
@@ -370,13 +370,16 @@ def test_program_completes_prompts_and_every_flag_changes_something(run_director
         assert run(**changes) != plain, changes
     chat = run("hello\nagain\n/exit\nnot read", chat=True, prompt=None)
     assert chat.count("You: ") == 3 and chat.count("Model:") == 2
+    assert run("hello", chat=True, prompt=None, max_new_tokens=4, system="So") != run("hello", chat=True, prompt=None, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(checkpoint="no/such"), "no such directory"), (dict(prompt="x" * 99), "the model's context is 32: shorten it"),
     (dict(top_p=0.0), r"^--top_p must be in \(0, 1\], got 0.0"), (dict(temperature=-1.0), "^--temperature must be 0 or at least"),
     (dict(max_new_tokens=0), "^--max_new_tokens must be at least 1, got 0"),
-    (dict(chat=True, max_new_tokens=32), "^--max_new_tokens 32 leaves no room in a context of 32: take fewer"),
+    (dict(chat=True, max_new_tokens=32), "^max_new_tokens must be in 1 .. [0-9]+ in a context of 32 of which [0-9]+ are taken"),
+    (dict(system="Be kind."), "--system is what a conversation begins with: take --chat, too"),
+    (dict(device="no_such"), "^--device no_such: .*: take cpu, or another torch$"),
     (dict(checkpoint=None), "need a --checkpoint"), (dict(chat=True, prompt="-"), "both read stdin"),
     (dict(checkpoint=None, prompt=None, top_p=2.0), "^--top_p must be")])
 def test_program_refuses_bad_input(run_directory, changes, message):
@@ -394,6 +397,12 @@ def test_program_says_in_one_line_what_is_wrong(arguments, message, monkeypatch,
         runpy.run_path(decode.__file__, run_name="__main__")
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("decode.py: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_program_says_that_there_is_no_gpu(run_directory):
+    with pytest.raises(ValueError, match="^--device cuda: .*: take cpu, or another torch$"):
+        decode.main(**dict(checkpoint=str(run_directory), prompt="some", chat=False) | OPTIONS | dict(device="cuda"))
 
 
 def test_program_alone_in_a_folder_on_an_ascii_terminal(run_directory, tmp_path, monkeypatch, capsys):

@@ -54,6 +54,7 @@ def test_a_transcript_is_a_play_and_nothing_in_it_is_a_control_token():
     messages = said("Who <|endoftext|> is it?", "Me", "Why?")
     text = "\nYou: Who <|endoftext|> is it?\nModel: Me\nYou: Why?\nModel:"
     assert transcript(BASE, messages) == list(text.encode())
+    assert transcript(BASE, [{"role": "system", "content": "A play."}, *messages]) == list(b"A play." + text.encode())
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -73,28 +74,30 @@ def test_half_a_form_is_none(dropped):
 
 # --- turns ---
 
+@pytest.mark.parametrize("system", ["", "Be kind."])
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_a_turn_reads_the_longest_end_of_the_conversation_that_fits(name, scripted):
+def test_a_turn_reads_the_longest_end_of_the_conversation_that_fits(name, system, scripted):
     """Against trying every question to begin with, over thirty turns of random lengths."""
     (prompts, answers), draw, encoding = scripted, random.Random(0), ENCODINGS[name]
     form, everything, forgot = form_of(encoding), [], 0
-    talk = Dialogue(tiny(context=120), encoding, 20)
+    front = [{"role": "system", "content": system}] if system else []
+    talk = Dialogue(tiny(context=120), encoding, 20, system=system)
     for turn in range(30):
         question, answer = (("".join(draw.choices("abc ", k=draw.randrange(1, 50))).strip() or "a") for _ in range(2))
         answers.append(f" {answer} ".encode())
         try:
             assert "".join(talk.answer(question)) == f" {answer} "
         except ValueError as error:  # alone it needs more than there is
-            assert len(form.render(encoding, said(question))) > 100 and "does not fit: 100 are free" in str(error)
+            assert len(form.render(encoding, front + said(question))) > 100 and "100 are left for it: shorten it" in str(error)
             answers.pop()
             continue
         everything.append({"role": "user", "content": question})
         fitting = [tokens for first in range(0, len(everything), 2)
-                   if len(tokens := form.render(encoding, everything[first:])) <= 100]
+                   if len(tokens := form.render(encoding, front + everything[first:])) <= 100]
         assert prompts[-1] == fitting[0]
-        forgot += fitting[0] != form.render(encoding, everything)
+        forgot += fitting[0] != form.render(encoding, front + everything)
         everything.append({"role": "assistant", "content": answer})
-        assert talk.messages == everything[-len(talk.messages):]
+        assert said(*sum(talk.turns, ())) == everything[-2 * len(talk.turns):]
     assert forgot > 10 and len(prompts) > 20
 
 
@@ -109,7 +112,7 @@ def test_what_fits_to_the_last_token_stays_and_a_line_that_never_fits_loses_noth
     converse(Dialogue(tiny(newest + 8), CHAT, 8))
     assert prompts == [chat.render_prompt(CHAT, [question]), chat.render_prompt(CHAT, [last] if room else [question, answer, last])]
     out = capsys.readouterr().out
-    assert out.count(f"does not fit: {newest} are free beside the answer: shorten it") == 2
+    assert out.count(f"{newest} are left for it: shorten it, or lower max_new_tokens") == 2
     assert "Model: A test. \n" in out and "Model: Yes. \n" in out  # in the one way, whatever an answer begins with
 
 
@@ -131,7 +134,7 @@ def test_stop_strings_and_tokens_end_an_answer_and_options_reach_the_model(scrip
     answers += [b" I do.\nYou: and", [*b" Yes", 256, *b"no"]]
     talk = Dialogue(tiny(context=96), BASE, 8)
     assert ["".join(talk.answer(line)) for line in ("Do you?", "So?")] == [" I do.", " Yes"]
-    assert talk.messages == said("Do you?", "I do.", "So?", "Yes")
+    assert talk.turns == [("Do you?", "I do."), ("So?", "Yes")]
 
 
 def test_sampling_options_change_the_answer_and_a_generator_repeats_it():
@@ -142,20 +145,57 @@ def test_sampling_options_change_the_answer_and_a_generator_repeats_it():
 
 def test_who_stops_listening_has_heard_so_much(scripted):
     prompts, answers = scripted
-    answers += [b"one two", b"three"]
-    talk = Dialogue(tiny(), BASE, 8)
+    answers += [b"one two", b"three", b"", b"later", b"first"]
+    talk = Dialogue(tiny(context=96), BASE, 8)
     pieces = talk.answer("Count")
     assert next(pieces) + next(pieces) == "on"
     pieces.close()
-    assert talk.messages == said("Count", "on")
-    never = talk.answer("not asked for")
-    never.close()
+    talk.answer("not asked for").close()
+    assert talk.turns == [("Count", "on")]
     assert "".join(talk.answer("Go on")) == "three" and prompts[-1] == transcript(BASE, said("Count", "on", "Go on"))
+    assert "".join(talk.answer("Say nothing")) == "" and talk.turns[-1] == ("Say nothing", "")
+    one, other = talk.answer("a"), talk.answer("b")  # each as if it were the next, and kept in the order of their ends
+    next(one), next(other)
+    assert "".join(other) + "".join(one) == "irstater" and talk.turns[-2:] == [("b", "first"), ("a", "later")]
 
 
-def test_a_context_without_room_is_refused():
-    with pytest.raises(ValueError, match="^--max_new_tokens 48 leaves no room in a context of 48: take fewer"):
-        Dialogue(tiny(), BASE, 48)
+@pytest.mark.parametrize("broken", [RuntimeError, KeyboardInterrupt])
+def test_what_fails_before_it_is_heard_has_not_been_said(broken, monkeypatch):
+    talk = Dialogue(tiny(context=96), BASE, 8, temperature=0)
+    first = "".join(talk.answer("Hi"))
+
+    def fails(*_, **__):
+        raise broken
+    with monkeypatch.context() as patch, pytest.raises(broken):
+        patch.setattr(decode, "next_logits", fails)
+        list(talk.answer("And?"))
+    assert talk.turns == [("Hi", first.strip())]
+    with pytest.raises(TypeError):
+        list(talk.answer(None))
+    assert "".join(talk.answer("And?")) and len(talk.turns) == 2
+
+
+@pytest.mark.parametrize("name, taken", [("base", 13), ("chat", 3), ("llama 3", 23)])
+def test_a_context_without_room_is_refused(name, taken):
+    model, encoding = tiny(), ENCODINGS[name]
+    talk = Dialogue(model, encoding, 48 - taken - 1)
+    assert len(form_of(encoding).render(encoding, said("x"))) == talk.room
+    for bad in (48 - taken, 48, 99, 0, -5):
+        with pytest.raises(ValueError, match=rf"^max_new_tokens must be in 1 .. {47 - taken} in a context of 48 of which {taken} are taken"):
+            Dialogue(model, encoding, bad)
+    taken = len(form_of(encoding).render(encoding, [{"role": "system", "content": "Be kind"}, *said("")]))
+    with pytest.raises(ValueError, match=f"in 1 .. {47 - taken} in .* of which {taken} are taken"):
+        Dialogue(model, encoding, 48, system="Be kind")
+    with pytest.raises(ValueError, match="top_p must be in"):
+        Dialogue(model, encoding, 8, top_p=0.0)
+    with pytest.raises(TypeError, match="temprature"):
+        Dialogue(model, encoding, 8, temprature=1.0)
+
+
+def test_a_million_blanks_are_refused_before_they_are_rendered():
+    talk = Dialogue(tiny(), CHAT, 8)
+    with pytest.raises(ValueError, match="this line takes 1000002 tokens, and 40 are left for it"):
+        next(talk.answer("a" + " " * 10**6 + "b"))
 
 
 def test_a_completion_is_what_follows_and_begins_where_a_text_ended():
@@ -175,10 +215,10 @@ def test_lines_are_read_until_exit_or_the_end(monkeypatch, capsys):
 
 
 def test_the_demo_learns_to_answer(capsys):
-    dialogue.main(500, 0)
+    dialogue.main(400, 0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "10 of 10 answered: True; what no longer fitted was left out: True (expected True each)"
-    assert lines[-2].count("You:") == 2 and sum("of the conversation it has read 5 messages" in line for line in lines) == 8
+    assert lines[-1] == "10 of 10 answered: True; the oldest turns are forgotten: True (expected True each)"
+    assert lines[-2].count("You:") == 2 and sum("it has read the last 3 questions" in line for line in lines) == 8
 
 
 @pytest.mark.parametrize("flags, message", [(["--steps", "x"], "invalid int value: 'x'"), (["--stepz", "1"], "--stepz"),

@@ -282,6 +282,21 @@ def test_a_model_in_mid_stream_can_be_trained_and_keeps_a_forward_of_its_own(P, 
     assert not any("forward" in vars(m) for m in model.modules() if m is not up)
 
 
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_torchs_to_the_bit(options, dtype):
+    norm = nn.LayerNorm((2, 16), eps=0.1, dtype=dtype, **options)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.normal_()
+    x = torch.randn(3, 2, 16, dtype=dtype)
+    expected = norm(x)
+    with fast_layers(norm):
+        assert ("forward" in vars(norm)) == ("elementwise_affine" not in options)
+        assert torch.equal(norm(x), expected)
+    assert "forward" not in vars(norm) and torch.equal(norm(x), expected)
+
+
 def test_layers_are_as_they_were_after_an_interruption(monkeypatch):
     model, made = wide(), []
     monkeypatch.setattr(few_rows, "row_product", lambda w, b: 1 / 0 if len(made) == 2 else made.append(w))

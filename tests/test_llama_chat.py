@@ -100,7 +100,7 @@ def test_a_published_folder_is_talked_to_in_its_format(llama3_file, llama3_encod
     monkeypatch.setattr(decode, "stream", scripted)
     first = "Hello <|eot_id|>" if publisher == "Meta" else None  # --prompt is the first line
     monkeypatch.setattr(sys, "stdin", io.StringIO("\nMore?\n/exit\n" if first else "Hello <|eot_id|>\n\nMore?\n/exit\n"))
-    decode.main(checkpoint=str(tmp_path), prompt=first, chat=True, temperature=1.0, top_p=1.0, max_new_tokens=8, seed=0, device="cpu")
+    decode.main(checkpoint=str(tmp_path), prompt=first, chat=True, system="", temperature=1.0, top_p=1.0, max_new_tokens=8, seed=0, device="cpu")
     messages = [{"role": "user", "content": "Hello <|eot_id|>"}, {"role": "assistant", "content": "Hi there"},
                 {"role": "user", "content": "More?"}]
     assert prompts == [chat_tokens(llama3_encoding, messages[:1]), chat_tokens(llama3_encoding, messages)]
