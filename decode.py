@@ -270,8 +270,8 @@ def generate(model: nn.Module, prompts: Prompts, max_new_tokens: int, *, stop_to
 
 def stream(model: nn.Module, prompt: Sequence[int], max_new_tokens: int, *, stop_tokens: Iterable[int] = (),
            generator: torch.Generator | None = None, **sampling) -> Iterator[int]:
-    """``generate`` for one prompt, token by token as they are drawn. The model is in eval mode until it ends, and its
-    weights are not to be replaced, moved or copied (few_rows.fast_layers)."""
+    """``generate`` for one prompt, token by token as they are drawn. The model is in eval mode until it ends (of two at
+    once, until the first ends), and its weights are not to be replaced, moved or copied (few_rows.fast_layers)."""
     sampling, (prompts, limits) = Sampling(**sampling), checked(model, [prompt], max_new_tokens)
     return (step[0][1] for step in _steps(model, prompts, limits, set(map(int, stop_tokens)), generator, sampling))
 
@@ -424,7 +424,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
-    parser.add_argument("--checkpoint", help="directory of a run, of one checkpoint, or as Hugging Face or Meta has it")
+    parser.add_argument("--checkpoint", help="a run's folder, a checkpoint's, or as Hugging Face or Meta publishes it")
     parser.add_argument("--prompt", help="text to continue, with --chat the first line; - reads it from stdin "
                                          "(default: start at end-of-text)")
     parser.add_argument("--chat", action="store_true",

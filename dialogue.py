@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,8 @@ import torch.nn as nn
 # --- 1. forms: a conversation as tokens ------------------------------------------------------
 
 def transcript(encoding, messages: Sequence[dict]) -> list[int]:
-    """The form for a base model, which was taught none: a play's script. A user whose text has a line that begins with
-    "Model:" thereby speaks for the model, which cannot tell; the control tokens of chat models prevent that."""
+    """The form for a base model, which was taught none: a play's script. A user who writes a line that begins with
+    "Model:" puts words into the model's mouth, and it cannot tell; the control tokens of chat models prevent that."""
     import tokenizer
     said_by = {"system": "", "user": "\nYou: ", "assistant": "\nModel: "}
     text = "".join(said_by[message["role"]] + message["content"] for message in messages)
@@ -40,7 +41,8 @@ def transcript(encoding, messages: Sequence[dict]) -> list[int]:
 
 @dataclass
 class Form:
-    """How conversations with a model are written, and what ends its turn."""
+    """How conversations with a model are written, and what ends its turn. (A line of the user that is longer than the
+    context is refused before it is rendered.)"""
     render: Callable[[object, Sequence[dict]], list[int]]  # (encoding, messages) -> ids, up to where the answer begins
     stop_tokens: list[int]
     stop_strings: list[str]
@@ -77,7 +79,7 @@ class Dialogue:
         generator: the random numbers of sampling; None: torch's global ones.
         sampling: fields of ``decode.Sampling``, such as temperature=0.8.
 
-    Raises ValueError if the context has no room for an answer and a question, or as ``Sampling``.
+    Raises ValueError if the context has no room for an answer and a question, or for what ``Sampling`` refuses.
     """
 
     def __init__(self, model: nn.Module, encoding, max_new_tokens: int = 64, *, system: str = "",
@@ -87,11 +89,14 @@ class Dialogue:
         self.model, self.encoding, self.form = model, encoding, form or form_of(encoding)
         self.options = dict(max_new_tokens=max_new_tokens, generator=generator, **sampling)
         self.system, self.turns = system, []
-        context, taken = model.config.context, len(self._render([], ""))
+        context, self.taken = model.config.context, len(self._render([], ""))
+        if context - self.taken < 2:
+            raise ValueError(f"the system's text and the form take {self.taken} tokens, the context has {context}: "
+                             "shorten the text")
+        if not (isinstance(max_new_tokens, int) and 1 <= max_new_tokens < context - self.taken):
+            raise ValueError(f"max_new_tokens must be in 1 .. {context - self.taken - 1} in a context of {context} of "
+                             f"which {self.taken} are taken by the form and the system's text, got {max_new_tokens}")
         self.room = context - max_new_tokens  # tokens left for the conversation, those of its form included
-        if max_new_tokens < 1 or self.room <= taken:
-            raise ValueError(f"max_new_tokens must be in 1 .. {context - taken - 1} in a context of {context} of which "
-                             f"{taken} are taken without a word of the user, got {max_new_tokens}")
 
     def _render(self, turns: list[tuple[str, str]], line: str) -> list[int]:
         messages = [{"role": "system", "content": self.system}] if self.system else []
@@ -100,37 +105,41 @@ class Dialogue:
         return self.form.render(self.encoding, [*messages, {"role": "user", "content": line}])
 
     def answer(self, line: str) -> Iterator[str]:
-        """The model's answer, piece by piece, drawn only as far as the pieces are taken. Turn and answer, as far as it
-        was taken, are then part of the conversation; if drawing fails before there is a piece, they are not.
+        """The model's answer, piece by piece; nothing happens until the first is asked for. When the iterator ends, or
+        is closed, the question and as much of the answer as was taken join ``turns``, and those that did not fit leave;
+        if drawing fails before the first piece, ``turns`` are as they were.
 
         Raises ValueError, with the first piece, for a line that does not fit even alone; the conversation can go on.
         """
         import tokenizer
         from decode import decode_stream, stream
-        needed = len(tokenizer.encode(self.encoding, line))
+        needed, left = len(tokenizer.encode(self.encoding, line)), self.room - self.taken
         if needed <= self.room:  # what is far too long is not rendered at all
-            needed = len(self._render([], line))
-        if needed > self.room:
-            raise ValueError(f"this line takes {needed} tokens, and {self.room} are left for it: shorten it, or lower "
+            needed = len(self._render([], line)) - self.taken
+        if needed > left:
+            raise ValueError(f"this line takes {needed} tokens, and {left} are left for it: shorten it, or lower "
                              "max_new_tokens")
-        while len(tokens := self._render(self.turns, line)) > self.room:
-            del self.turns[0]
+        forgotten = 0
+        while len(tokens := self._render(self.turns[forgotten:], line)) > self.room:
+            forgotten += 1
         said, is_over = [], False
-        new = stream(self.model, tokens, stop_tokens=self.form.stop_tokens, **self.options)
-        try:
-            for piece in decode_stream(new, self.encoding, self.form.stop_strings, self.form.stop_tokens):
-                said.append(piece)
-                yield piece
-            is_over = True
-        finally:  # also where the caller stops early
-            if said or is_over:
-                self.turns.append((line, "".join(said).strip()))
+        with closing(stream(self.model, tokens, stop_tokens=self.form.stop_tokens, **self.options)) as new:
+            try:
+                for piece in decode_stream(new, self.encoding, self.form.stop_strings, self.form.stop_tokens):
+                    said.append(piece)
+                    yield piece
+                is_over = True
+            finally:  # also where the caller stops early
+                if said or is_over:
+                    del self.turns[:forgotten]
+                    self.turns.append((line, "".join(said).strip()))
 
 
 def complete(model: nn.Module, encoding, text: str, max_new_tokens: int, *, begin: Sequence[int] = (),
              generator: torch.Generator | None = None, **sampling) -> Iterator[str]:
-    """What follows a text, piece by piece, up to the end-of-text token; ``begin`` are tokens in front of it. If there
-    are neither, the end-of-text token stands there: a text begins where another ended."""
+    """What follows a text, piece by piece, up to the end-of-text token (others come out as they are spelled); ``begin``
+    are tokens in front of it. If there are neither, the end-of-text token stands there: a text begins where another
+    ended."""
     import tokenizer
     from decode import decode_stream, stream
     eot = tokenizer.eot(encoding)

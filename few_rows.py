@@ -211,11 +211,13 @@ def is_compiled(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def fast_layers(model: nn.Module) -> Iterator[None]:
     """Inside, and for every thread, a model's linear layers on a CPU, and its experts at one token, multiply by
-    ``FastLinear.linear``; its LayerNorms have their weights at hand: for one row, looking them up takes longer. Do not
-    replace, move or copy the model's weights inside. (Under the mode FastLinear Python looks at every call of torch,
-    which takes longer than it saves where all products are of one row.) A model with compiled parts keeps its layers:
-    torch.compile would compile them anew each time."""
-    plain = [] if is_compiled(model) else [m for m in model.modules() if "forward" not in vars(m)]
+    ``FastLinear.linear``; its LayerNorms have their weights at hand: for one row, to look them up on the module takes
+    longer than the norm. Do not replace, move or copy the model's weights inside, nor call it by functional_call.
+    (Under the mode FastLinear Python looks at every call of torch, which takes longer than it saves where all products
+    are of one row.) A model with compiled parts keeps its layers: torch.compile would compile them anew each time."""
+    # A weight that is no parameter (pruned, weight_norm) is made anew by a hook at every call.
+    plain = [] if is_compiled(model) else [m for m in model.modules() if "forward" not in vars(m)
+                                           and m._parameters.keys() >= {"weight", "bias"}]
     layers = [m for m in plain if type(m) is nn.Linear and _is_known(m.weight, m.bias)]
     norms = [m for m in plain if type(m) is nn.LayerNorm and m.weight is not None and m.weight.is_cpu]
     experts = [m for m in model.modules() if getattr(m, "linear", None) is F.linear]  # moe.py's MoE

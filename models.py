@@ -133,8 +133,8 @@ def from_pretrained(directory: str | Path) -> nn.Module:
 
 def load_model(directory: str | Path, device: str = "cpu"):
     """(model, encoding), in eval mode, of a training run's directory, one of its checkpoints, or a directory of Hugging
-    Face or Meta. Raises ValueError if there is no such directory, or it holds no model and the tokenizer it was trained
-    with."""
+    Face or Meta. Raises ValueError if there is no such directory, or it does not hold both a model and the tokenizer
+    that it was trained with."""
     import checkpoint
     import tokenizer
     directory = Path(directory)
@@ -146,9 +146,9 @@ def load_model(directory: str | Path, device: str = "cpu"):
         saved = checkpoint.load(path, parts=("model",))
         try:
             model = build(saved["meta"].get("model_type"), saved["meta"]["model_config"], device="meta")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        model.load_state_dict(saved["model"], assign=True)
+            model.load_state_dict(saved["model"], assign=True)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:  # the last from load_state_dict, in lines
+            raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from None
         encoding = tokenizer.load(path / "tokenizer.tiktoken")
     else:
         raise ValueError(f"{directory}: no such directory: give one that train.py, Hugging Face or Meta wrote")

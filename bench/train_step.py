@@ -72,7 +72,7 @@ class Peer:
 
 def ours(shape: dict, vocab_size: int, device: torch.device, lr: float, precision: str, steps: int,
          like: transformers.GPT2LMHeadModel | None = None) -> Trainer:
-    """``like``: a model of theirs to begin with the weights of."""
+    """``like``: their model, whose weights ours begins with."""
     sizes = {name: value for name, value in shape.items() if name != "batch"}
     config = TrainConfig(**sizes, batch_tokens=shape["batch"] * shape["context"], precision=precision,
                          device=device.type, lr=lr, steps=steps, schedule="constant", warmup_steps=0)
@@ -147,9 +147,9 @@ def compare_quality(device: torch.device, steps: int, precisions: list[str], see
 
 @torch.no_grad()
 def held_out_loss(run, validation: data.TokenWindows, device: torch.device, batch: int = 256) -> float:
-    """Nats a token over 4,096 windows, averaged in fp32: a mean in bf16 would be a multiple of 1/64."""
+    """Nats a token over up to 4,096 windows, averaged in fp32: a mean in bf16 would be a multiple of 1/64."""
     losses = []
-    for first in range(0, min(4096, len(validation)), batch):
+    for first in range(0, min(4096, len(validation) // batch * batch), batch):
         x, y = (t.to(device) for t in validation.batch(first, batch))
         if isinstance(run, Peer):
             losses.append(run.loss(x, y).item())
@@ -168,11 +168,17 @@ if __name__ == "__main__":
     parser.add_argument("--vocab_size", type=int, default=65, help="of random tokens (default %(default)s: characters)")
     parser.add_argument("--quality", action="store_true", help="compare held-out loss instead of time")
     parser.add_argument("--steps", type=int, default=2000, help="of --quality (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="weights and orders of the data to begin with, for --quality (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, each of weights and of the order of the data, for --quality (default %(default)s)")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"), help="of both sides, for --quality (default: both)")
     parser.add_argument("--slow_bf16", action="store_true", help="time bf16 even without hardware for it")
     a = parser.parse_args()
-    device = torch.device(a.device)
+    if min(a.steps, a.seeds, a.rounds, a.vocab_size) < 1:
+        parser.error("every number must be at least 1")
+    try:
+        device = torch.device(a.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {a.device}: {str(error).splitlines()[0]}")
     if device.type == "cpu":
         keep_freed_memory()
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \

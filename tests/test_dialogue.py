@@ -1,6 +1,7 @@
 """Turns of a conversation: what the model is given to read, where its answer ends, what is forgotten."""
 
 import io
+import math
 import random
 import runpy
 import sys
@@ -43,7 +44,7 @@ def scripted(monkeypatch):
 
     def stream(model, tokens, max_new_tokens, **options):
         prompts.append(tokens)
-        return iter([*answers[len(prompts) - 1]])
+        return (token for token in answers[len(prompts) - 1])
     monkeypatch.setattr(decode, "stream", stream)
     return prompts, answers
 
@@ -88,7 +89,7 @@ def test_a_turn_reads_the_longest_end_of_the_conversation_that_fits(name, system
         try:
             assert "".join(talk.answer(question)) == f" {answer} "
         except ValueError as error:  # alone it needs more than there is
-            assert len(form.render(encoding, front + said(question))) > 100 and "100 are left for it: shorten it" in str(error)
+            assert len(form.render(encoding, front + said(question))) > 100 and f"{100 - talk.taken} are left for it: shorten it" in str(error)
             answers.pop()
             continue
         everything.append({"role": "user", "content": question})
@@ -112,7 +113,7 @@ def test_what_fits_to_the_last_token_stays_and_a_line_that_never_fits_loses_noth
     converse(Dialogue(tiny(newest + 8), CHAT, 8))
     assert prompts == [chat.render_prompt(CHAT, [question]), chat.render_prompt(CHAT, [last] if room else [question, answer, last])]
     out = capsys.readouterr().out
-    assert out.count(f"{newest} are left for it: shorten it, or lower max_new_tokens") == 2
+    assert out.count(f"{newest - 3} are left for it: shorten it, or lower max_new_tokens") == 2
     assert "Model: A test. \n" in out and "Model: Yes. \n" in out  # in the one way, whatever an answer begins with
 
 
@@ -163,16 +164,18 @@ def test_who_stops_listening_has_heard_so_much(scripted):
 def test_what_fails_before_it_is_heard_has_not_been_said(broken, monkeypatch):
     talk = Dialogue(tiny(context=96), BASE, 8, temperature=0)
     first = "".join(talk.answer("Hi"))
+    line = "x" * 60  # which the first turn would have to leave for
 
     def fails(*_, **__):
         raise broken
     with monkeypatch.context() as patch, pytest.raises(broken):
         patch.setattr(decode, "next_logits", fails)
-        list(talk.answer("And?"))
+        list(talk.answer(line))
     assert talk.turns == [("Hi", first.strip())]
     with pytest.raises(TypeError):
         list(talk.answer(None))
     assert "".join(talk.answer("And?")) and len(talk.turns) == 2
+    assert "".join(talk.answer(line)) and len(talk.turns) == 1
 
 
 @pytest.mark.parametrize("name, taken", [("base", 13), ("chat", 3), ("llama 3", 23)])
@@ -181,11 +184,17 @@ def test_a_context_without_room_is_refused(name, taken):
     talk = Dialogue(model, encoding, 48 - taken - 1)
     assert len(form_of(encoding).render(encoding, said("x"))) == talk.room
     for bad in (48 - taken, 48, 99, 0, -5):
-        with pytest.raises(ValueError, match=rf"^max_new_tokens must be in 1 .. {47 - taken} in a context of 48 of which {taken} are taken"):
+        with pytest.raises(ValueError, match=rf"^max_new_tokens must be in 1 .. {47 - taken} in a context of 48 of which {taken} are taken by the form"):
+            Dialogue(model, encoding, bad)
+    for bad in (16.5, math.nan, "8", None):
+        with pytest.raises(ValueError, match="^max_new_tokens must be in 1 .."):
             Dialogue(model, encoding, bad)
     taken = len(form_of(encoding).render(encoding, [{"role": "system", "content": "Be kind"}, *said("")]))
     with pytest.raises(ValueError, match=f"in 1 .. {47 - taken} in .* of which {taken} are taken"):
         Dialogue(model, encoding, 48, system="Be kind")
+    for length in (48, 99):
+        with pytest.raises(ValueError, match="^the system's text and the form take .* tokens, the context has 48: shorten the text"):
+            Dialogue(model, encoding, 1, system="x" * length)
     with pytest.raises(ValueError, match="top_p must be in"):
         Dialogue(model, encoding, 8, top_p=0.0)
     with pytest.raises(TypeError, match="temprature"):
@@ -194,7 +203,7 @@ def test_a_context_without_room_is_refused(name, taken):
 
 def test_a_million_blanks_are_refused_before_they_are_rendered():
     talk = Dialogue(tiny(), CHAT, 8)
-    with pytest.raises(ValueError, match="this line takes 1000002 tokens, and 40 are left for it"):
+    with pytest.raises(ValueError, match="this line takes 1000002 tokens, and 37 are left for it"):
         next(talk.answer("a" + " " * 10**6 + "b"))
 
 

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import run_program
 from test_decode import tiny
+from torch.nn.utils import prune, weight_norm
 
 import decode
 import few_rows
@@ -295,6 +296,21 @@ def test_norms_are_torchs_to_the_bit(options, dtype):
         assert ("forward" in vars(norm)) == ("elementwise_affine" not in options)
         assert torch.equal(norm(x), expected)
     assert "forward" not in vars(norm) and torch.equal(norm(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("remake", [lambda m: prune.identity(m, "weight"), weight_norm], ids=["pruned", "weight_norm"])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+def test_a_weight_that_is_made_anew_at_every_call_is_not_kept(kind, remake):
+    layer = nn.Linear(16, 16) if kind is nn.Linear else nn.LayerNorm((16, 16))
+    remake(layer)
+    layer(torch.ones(16, 16))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(2)
+    with fast_layers(layer), torch.inference_mode():
+        found = layer(torch.ones(1, 16, 16))
+    assert torch.equal(found, layer(torch.ones(1, 16, 16)))
 
 
 def test_layers_are_as_they_were_after_an_interruption(monkeypatch):

@@ -96,7 +96,7 @@ def test_a_published_folder_is_talked_to_in_its_format(llama3_file, llama3_encod
     def scripted(model, tokens, max_new_tokens, stop_tokens, **sampling):
         prompts.append(tokens)
         assert set(stop_tokens) == set(range(128000, 128256))
-        return iter(answers[len(prompts) - 1])
+        return (token for token in answers[len(prompts) - 1])
     monkeypatch.setattr(decode, "stream", scripted)
     first = "Hello <|eot_id|>" if publisher == "Meta" else None  # --prompt is the first line
     monkeypatch.setattr(sys, "stdin", io.StringIO("\nMore?\n/exit\n" if first else "Hello <|eot_id|>\n\nMore?\n/exit\n"))
