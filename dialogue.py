@@ -1,4 +1,4 @@
-"""Dialogue: how a model that only continues a text takes part in a conversation.   Ouyang et al. 2022 (2203.02155)
+"""Dialogue: how a model that only continues a text takes part in a conversation.   Askell et al. 2021 (2112.00861)
 
 Idea      A language model goes on with what it reads. To be talked with, it is given the conversation so far, written
           out in a fixed form that ends where its own turn begins. What it then writes, until the form marks the end of
@@ -9,7 +9,7 @@ Formula   tokens = form(s, u_1, a_1, ..., u_n)     s: what the system says, if a
           len(tokens) <= context - max_new_tokens, else u_1 and a_1 are left out, then u_2 and a_2 ...
 Shapes    messages [{"role": "user", "content": "..."}, ...] -> ids, a list of int -> pieces of text
 Omits     keeping the cache from turn to turn, summaries of what is left out.
-Run       python dialogue.py     a tiny model reads transcripts, then is talked with: 15 s on one core;
+Run       python dialogue.py     a tiny model reads transcripts, then is talked with: 20 s on one core;
           ends with "10 of 10 answered: True; ..."
           python decode.py --checkpoint out/pretrain --chat     the program that uses it
 Test      pytest tests/test_dialogue.py
@@ -171,6 +171,7 @@ def lines_typed(first: str | None = None) -> Iterator[str]:
 
 
 def print_as_it_comes(pieces: Iterator[str]) -> None:
+    """Every piece at once, and at the end a new line."""
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -26,7 +26,6 @@ except ImportError as error:
     print(f"{sys.argv[0]}: needs {error.name}: pip install -r tests/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-transformers.utils.logging.disable_progress_bar()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
@@ -185,6 +184,8 @@ if __name__ == "__main__":
         if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, {torch.get_num_threads()} threads")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         if a.quality:
             compare_quality(device, a.steps, a.precisions, a.seeds)
