@@ -7,6 +7,7 @@ Idea      Attention's time goes into moving its T x S matrix to memory (HBM) and
 Formula   s_ij = scale q_i . k_j, the logits; for one query i:
           online:    m' = max(m, max_j s_j);   a = e^(m - m');   p_j = e^(s_j - m')
                      l' = a l + sum_j p_j;     o' = a o + sum_j p_j v_j     for one tile of keys after another
+                     (m = 0 throughout, and a = 1, where no |s_ij| can be large: see _are_moderate)
           then       out = o / l,   lse = m + log l  (log-sum-exp),   p_j = e^(s_j - lse)
           backward:  dv_j = sum_i p_ij do_i;        ds_ij = p_ij (do_i . v_j - do_i . out_i)
                      dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i
@@ -32,6 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -160,28 +162,29 @@ class _Tile:
 class _Tiling:
     """How one attention is cut, and the logits of each tile; the same in forward and backward."""
 
-    def __init__(self, q: Tensor, k: Tensor, options: Options, tile: tuple[int, int] | None, exact: bool = False):
+    def __init__(self, q: Tensor, k: Tensor, others: list[Tensor], options: Options, tile: tuple[int, int] | None,
+                 exact: bool = False):
         (B, H, T, Dh), (_, Hkv, S, _) = q.shape, k.shape
         self.shape, self.device = (B, H, Hkv, H // Hkv, T, S), q.device
+        self.options, self.scale, self.masks = options, Dh ** -0.5 if options.scale is None else options.scale, {}
         # Statistics and sums over tiles in fp32 (or finer). Tensor cores and AMX multiply fp16 and bf16 themselves, but
         # torch rounds each product back to that type; where nothing does, a tile is converted to fp32 beforehand.
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.products = q.dtype if _multiplies(q.device.type, q.dtype) and not exact else self.dtype
-        self.options, self.scale = options, Dh ** -0.5 if options.scale is None else options.scale
-        # ``logits`` returns them divided by ``unit``. Where products are rounded, they are multiplied by scale / unit
-        # before that, which costs no pass of its own; with unit = log 2, e^logit = 2^returned saves another one. A bias
-        # and a soft cap want the logits themselves.
-        is_base_2 = self.products != self.dtype and options.bias is None and not options.soft_cap
-        self.unit = math.log(2) if is_base_2 else 1.0
+        is_plain = options.bias is None and not options.soft_cap and not options.dropout
+        self.needs_maximum = (not is_plain or self.products == torch.float16  # whose range is small
+                              or not _are_moderate(q, k, others, self.scale))
         # The queries of a group share their keys: they are rows of one product, and no key is copied. Fastest on a CPU:
-        # 256 x 512 logits, and 512 x 512 where bf16 products are so fast that the softmax is the larger part.
-        rows = 512 if q.device.type == "cpu" and self.products != self.dtype else 256
+        # 512 x 512 logits; but where products take most of the time, shorter tiles compute less above the diagonal.
+        rows = 512 if q.device.type == "cpu" and not (options.is_causal and self.products == self.dtype) else 256
         self.Br, self.Bc = tile or (max(16, rows // (H // Hkv)), 512)
 
-    def tiles(self) -> Iterator[_Tile]:
-        """All query tiles. So many heads at once that a matrix of their logits, about 4 MB, stays in cache."""
+    def tiles(self, matrices: int) -> Iterator[_Tile]:
+        """All query tiles, those of one head in a row. So many heads at once that so many matrices of their logits,
+        about 4 MB together, stay in cache."""
         B, _, Hkv, G, T, S = self.shape
-        heads = max(1, 2**20 // max(1, G * min(self.Br, T) * min(self.Bc, S)))
+        matrices *= (self.dtype if self.needs_maximum else self.products).itemsize
+        heads = max(1, 2**22 // max(1, matrices * G * min(self.Br, T) * min(self.Bc, S)))
         if self.device.type != "cpu":  # a GPU wants them all
             heads = B * Hkv
         for b in range(0, B, step := max(1, heads // Hkv)):
@@ -189,17 +192,38 @@ class _Tiling:
                 for r in range(0, T, self.Br):
                     yield _Tile(slice(b, b + step), slice(h, min(h + heads, Hkv)), range(r, min(r + self.Br, T)))
 
-    def columns(self, rows: range) -> Iterator[range]:
+    def columns(self, at: _Tile) -> Iterator[range]:
         """The key tiles that some of these queries see. What is above the diagonal is never computed."""
         *_, T, S = self.shape
-        first, last = S - T + rows.start, S - T + rows.stop - 1
+        first, last = S - T + at.rows.start, S - T + at.rows.stop - 1
         begin = 0 if self.options.window is None else max(0, first - self.options.window + 1)
         end = min(S, last + (1 if self.options.is_causal else self.options.window or S + T))
         # Without window and ids the diagonal's tiles alone need a mask.
         diagonal = max(begin, min(first, end)) if self.options.is_causal else end
         for start, stop in ((begin, diagonal), (diagonal, end)):
             for c in range(start, stop, self.Bc):
-                yield range(c, min(c + self.Bc, stop))
+                columns = range(c, min(c + self.Bc, stop))
+                if self.options.ids is None or (self.mask(at, columns) > 0).any():  # else another document
+                    yield columns
+
+    def mask(self, at: _Tile, columns: range) -> Tensor | None:
+        """What these queries see, and what not: inf and -inf, which logits must not surpass (to fill in what is hidden
+        would take three times as long), or 1 and 0, to multiply e^logit by. (b | 1, 1, 1, rows, columns); None: all
+        see all."""
+        place = at.b.start, at.rows.start, columns.start
+        if self.options.ids is None:  # then a mask fits all tiles that lie the same to the diagonal
+            place = at.rows.start - columns.start, len(at.rows), len(columns)
+        if place not in self.masks:
+            if self.options.ids is not None:
+                self.masks.clear()
+            mask = visible(self.options, *self.shape[-2:], at.rows, columns, self.device)
+            if mask is not None:
+                mask = (mask[at.b] if mask.size(0) > 1 else mask)[:, None, None]
+                if self.needs_maximum:
+                    mask = torch.where(mask, math.inf, -math.inf)
+                mask = mask.to(self.dtype if self.needs_maximum else self.products)
+            self.masks[place] = mask
+        return self.masks[place]
 
     def queries(self, x: Tensor, at: _Tile) -> Tensor:
         """(B, H, T, ...) -> (b, h, G, rows, ...), a view."""
@@ -209,39 +233,40 @@ class _Tiling:
         """(B, H, T, ...) -> (n, G rows, ...), n = b h."""
         return self.queries(x, at).flatten(2, 3).flatten(0, 1)
 
-    def scaled_queries(self, q: Tensor, at: _Tile) -> Tensor:
-        """(B, H, T, Dh) -> (n, G rows, Dh), scaled where products are as fine as sums; else ``logits`` scales."""
-        q = self.query_rows(q, at)
-        return q.to(self.products) * self.scale if self.products == self.dtype else q.contiguous()
-
-    def keys(self, x: Tensor, at: _Tile, columns: range) -> Tensor:
-        """(B, Hkv, S, Dh) -> (n, columns, Dh) in the type of products."""
-        x = x[at.b, at.h, columns.start:columns.stop].flatten(0, 1).to(self.products)
+    def keys(self, x: Tensor, columns: range) -> Tensor:
+        """(n, S, Dh) -> (n, columns, Dh) in the type of products."""
+        x = x[:, columns.start:columns.stop].to(self.products)
         return x if self.products == self.dtype else x.contiguous()  # oneDNN would copy it itself, transposed: slower
 
-    def logits(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space
-               ) -> tuple[Tensor | None, Tensor | None]:
-        """q (n, G rows, Dh), k (n, columns, Dh) -> logits / unit (n, G rows, columns) in ``space``, None if nobody
-        sees anything; and the slope of their soft cap, None without one."""
-        *_, G, T, S = self.shape
-        o, slope, mask = self.options, None, visible(self.options, T, S, at.rows, columns, self.device)
-        if o.ids is not None:
-            mask = mask[at.b]
-            if not mask.any():  # another document
-                return None, None
-        factor = 1.0 if self.products == self.dtype else self.scale / self.unit  # 1: q is scaled
-        s = space.product(q, k.mT, 0, factor)
+    def of_heads(self, x: Tensor, at: _Tile, columns: range) -> Tensor:
+        """(n, G rows, columns) -> (b, h, G, rows, columns), a view."""
+        return x.view(-1, at.h.stop - at.h.start, self.shape[3], len(at.rows), len(columns))
+
+    def logits(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space) -> tuple[Tensor, Tensor | None]:
+        """q (n, G rows, Dh), k (n, columns, Dh) -> logits (n, G rows, columns) in ``space``, -inf where hidden, and the
+        slope of their soft cap, None without one."""
+        o, slope, mask = self.options, None, self.mask(at, columns)
+        s = space.product(q, k.mT, 0, self.scale)
         if o.soft_cap:
             bent = torch.tanh(s / o.soft_cap)
             s, slope = bent * o.soft_cap, 1 - bent.square()
-        full = s.view(-1, at.h.stop - at.h.start, G, len(at.rows), len(columns))  # (b, h, G, rows, columns)
         if o.bias is not None:
-            full += self.bias_of(o.bias, at, columns)
+            self.of_heads(s, at, columns).add_(self.bias_of(o.bias, at, columns))
         if mask is not None:
-            # The smaller of a logit and inf or -inf: to fill all heads would take three times as long.
-            most = s.new_full(mask.shape, math.inf).masked_fill_(~mask, -math.inf)  # (b | 1, rows, columns)
-            torch.minimum(full, most[:, None, None], out=full)
+            full = self.of_heads(s, at, columns)
+            torch.minimum(full, mask, out=full)
         return s, slope
+
+    def exponentials(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space) -> Tensor:
+        """e^logit in the same way, 0 where hidden; for moderate logits."""
+        *_, T, S = self.shape
+        p = space.product(q, k.mT, 0, self.scale).exp_()
+        if self.options.is_causal and self.options.window is None and self.options.ids is None:
+            if columns.stop - 1 > S - T + at.rows.start:  # a triangle needs no mask, and nothing above it is read
+                self.of_heads(p, at, columns).tril_(S - T + at.rows.start - columns.start)
+        elif (mask := self.mask(at, columns)) is not None:
+            self.of_heads(p, at, columns).mul_(mask)
+        return p
 
     def bias_of(self, bias: Tensor, at: _Tile, columns: range) -> Tensor:
         """What of a bias (B, H, T, S) meets this tile, (b, h, G, rows, columns); any size may be 1 instead."""
@@ -256,6 +281,21 @@ class _Tiling:
         return factor.view(-1, G * len(at.rows), len(columns))
 
 
+def _are_moderate(q: Tensor, k: Tensor, others: list[Tensor], scale: float) -> bool:
+    """Whether no e^logit can overflow or vanish. Then m = 0 serves every row as well as its maximum, whose only use is
+    to prevent that: to find it, subtract it and rescale for it are passes over each tile that can be left out.
+
+    By Cauchy and Schwarz |s_ij| <= |scale| |q_i| |k_j|. Up to 32, e^s is 1e-14 to 1e14; what it multiplies, ``others``
+    (B, heads, rows, Dh), must leave room for that.
+    """
+    # A GPU would have to wait for the answer; torch.compile joins the passes itself; and few queries pay for no look at
+    # all the keys.
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or q.size(2) < q.size(3) or not q.numel() * k.numel():
+        return False
+    q, k, *others = (torch.linalg.vector_norm(x, dim=-1).amax().item() for x in (q, k, *others))
+    return abs(scale) * q * k <= 32 and all(x <= 1e8 for x in others)
+
+
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question
 def _multiplies(device: str, dtype: torch.dtype) -> bool:
     """Whether the device multiplies matrices of fp16 or bf16, summing in fp32, faster than it converts them."""
@@ -265,36 +305,38 @@ def _multiplies(device: str, dtype: torch.dtype) -> bool:
 def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple[int, int] | None = None,
                   traffic: list[int] | None = None) -> tuple[Tensor, Tensor]:
     """out, lse; ``tile`` (query rows, key rows); ``traffic`` receives the bytes of every tile read or written."""
-    cut = _Tiling(q, k, options, tile)
+    cut = _Tiling(q, k, [v], options, tile)
     B, H, *_, T, S = cut.shape
     out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=cut.dtype)
     space, traffic = None, [] if traffic is None else traffic
-    for at in cut.tiles():
-        q_i = cut.scaled_queries(q, at)  # (n, G rows, Dh)
+    for at in cut.tiles(1):
+        if at.rows.start == 0:  # the first of these heads
+            k_at, v_at = (x[at.b, at.h].flatten(0, 1) for x in (k, v))  # (n, S, Dh)
+        q_i = cut.query_rows(q, at).to(cut.products).contiguous()  # (n, G rows, Dh)
         n, R, Dh = q_i.shape
-        space = _Space(1, n * R * min(cut.Bc, S), cut, q.device) if space is None else space
+        space = _Space(1, n * R * min(cut.Bc, S), cut) if space is None else space
         o = q.new_zeros(n, R, Dh, dtype=cut.dtype)
         l = q.new_zeros(n, R, 1, dtype=cut.dtype)
         # Not -inf: a row that sees nothing must not compute inf - inf.
-        m = torch.full_like(l, torch.finfo(cut.dtype).min)
-        for columns in cut.columns(at.rows):
-            k_j, v_j = (cut.keys(x, at, columns) for x in (k, v))  # (n, columns, Dh)
-            s, _ = cut.logits(q_i, k_j, at, columns, space)  # (n, G rows, columns)
-            if s is None:
-                continue
+        m = torch.full_like(l, torch.finfo(cut.dtype).min if cut.needs_maximum else 0)
+        for columns in cut.columns(at):
+            k_j, v_j = cut.keys(k_at, columns), cut.keys(v_at, columns)  # (n, columns, Dh)
             traffic.append(2 * len(columns) * n * Dh * k.element_size())
-            larger = torch.maximum(m, s.amax(-1, keepdim=True))
-            p = _exp_(s.sub_(larger), cut.unit)
-            shrink = torch.exp((m - larger) * cut.unit)
-            l.mul_(shrink).add_(p.sum(-1, keepdim=True))
+            if cut.needs_maximum:
+                s, _ = cut.logits(q_i, k_j, at, columns, space)  # (n, G rows, columns)
+                larger = torch.maximum(m, s.amax(-1, keepdim=True))
+                p, shrink = _exp_(s.sub_(larger)), torch.exp(m - larger)
+                o, l, m = o.mul_(shrink), l.mul_(shrink), larger
+            else:
+                p = cut.exponentials(q_i, k_j, at, columns, space)
+            l.add_(p.sum(-1, keepdim=True))
             if options.dropout:
                 p.mul_(cut.dropout(at, columns))
-            _add_product(o.mul_(shrink), space.rounded(p), v_j)
-            m = larger
+            _add_product(o, space.rounded(p), v_j)
         nothing = l == 0
         target = cut.queries(out, at)  # (b, h, G, rows, Dh)
         target.copy_((o / l.masked_fill(nothing, 1)).view(target.shape))
-        lse_i = (m * cut.unit + torch.log(l)).masked_fill_(nothing, -math.inf)  # (n, G rows, 1)
+        lse_i = (m + torch.log(l)).masked_fill_(nothing, -math.inf)  # (n, G rows, 1)
         cut.queries(lse, at).copy_(lse_i.view(target.shape[:-1]))
         traffic.append(n * R * (2 * Dh * q.element_size() + lse.element_size()))
     return out, lse
@@ -309,87 +351,98 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     ``exact``: multiply in fp32, which an lse of other code than tiled_forward needs: p = e^(s - lse), the small
     difference of large numbers, is right only if both saw logits of the same rounding.
     """
-    cut = _Tiling(q, k, options, tile, exact)
+    cut = _Tiling(q, k, [v, grad_out], options, tile, exact)
     *_, G, T, S = cut.shape
     dq, bias = torch.empty_like(q), options.bias
-    dk, dv = (torch.zeros(k.shape, dtype=cut.dtype, device=k.device) for _ in range(2))
+    dk, dv = (k.new_zeros(k.shape) for _ in range(2))
     dbias = None if bias is None or not bias.requires_grad else torch.zeros_like(bias, dtype=cut.dtype)
     space = None
-    for at in cut.tiles():
-        q_i = cut.scaled_queries(q, at)  # (n, G rows, Dh)
+    for at in cut.tiles(2):
+        q_i = cut.query_rows(q, at).to(cut.products).contiguous()  # (n, G rows, Dh)
+        if at.rows.start == 0:  # the first of these heads
+            k_at, v_at, dk_at, dv_at = (x[at.b, at.h].flatten(0, 1) for x in (k, v, dk, dv))  # (n, S, Dh)
+            dk_at, dv_at = dk_at.to(cut.dtype), dv_at.to(cut.dtype)  # sums over tiles: in fp32 views, else copies
         n, R, Dh = q_i.shape
         # matrix 0: logits, then p; matrix 1: dp, then ds
-        space = _Space(2, n * R * min(cut.Bc, S), cut, q.device) if space is None else space
+        space = _Space(2, n * R * min(cut.Bc, S), cut) if space is None else space
         do_i, out_i = (cut.query_rows(x, at) for x in (grad_out, out))
         delta = (do_i.to(cut.dtype) * out_i).sum(-1, keepdim=True)  # (n, G rows, 1)
         if grad_lse is not None:  # d lse_i / d s_ij = p_ij
             delta -= cut.query_rows(grad_lse, at)[..., None]
         lse_i = cut.query_rows(lse, at)[..., None]  # (n, G rows, 1)
-        lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf) / cut.unit  # p = 0 in rows that see nothing
+        lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf)  # p = 0 in rows that see nothing
+        if not cut.needs_maximum:
+            # p = e^s e^-lse, and the second factor is the row's: do and delta take it. And do . v - delta is
+            # [do, -delta] . [v, 1], with another column for what bf16 rounds off.
+            do_i, delta = (x * torch.exp(-lse_i) for x in (do_i, delta))
+            high = delta.to(cut.products)
+            do_delta = torch.cat((do_i.to(cut.products), -high, (high - delta).to(cut.products)), -1)
         do_i, dq_i = do_i.to(cut.products).contiguous(), torch.zeros(q_i.shape, dtype=cut.dtype, device=q.device)
-        for columns in cut.columns(at.rows):
-            k_j, v_j = (cut.keys(x, at, columns) for x in (k, v))  # (n, columns, Dh)
-            s, slope = cut.logits(q_i, k_j, at, columns, space)  # (n, G rows, columns)
-            if s is None:
-                continue
-            p = _exp_(s.sub_(lse_i), cut.unit)
-            dp = space.product(do_i, v_j.mT, 1)  # (n, G rows, columns)
-            kept = p
-            if options.dropout:
-                factor = cut.dropout(at, columns)
-                dp, kept = dp.mul_(factor), p * factor
-            _add_product(dv[at.b, at.h, columns.start:columns.stop].view(v_j.shape), space.rounded(kept).mT, do_i)
-            ds = dp.sub_(delta).mul_(p)
+        for columns in cut.columns(at):
+            k_j, v_j = cut.keys(k_at, columns), cut.keys(v_at, columns)  # (n, columns, Dh)
+            slope, here = None, slice(columns.start, columns.stop)
+            if cut.needs_maximum:
+                s, slope = cut.logits(q_i, k_j, at, columns, space)  # (n, G rows, columns)
+                kept = p = _exp_(s.sub_(lse_i))
+                dp = space.product(do_i, v_j.mT, 1)  # (n, G rows, columns)
+                if options.dropout:
+                    factor = cut.dropout(at, columns)
+                    dp, kept = dp.mul_(factor), p * factor
+                ds = dp.sub_(delta).mul_(p)
+            else:
+                kept = p = cut.exponentials(q_i, k_j, at, columns, space)
+                ds = space.product(do_delta, F.pad(v_j, (0, 2), value=1.0).mT, 1).mul_(p)
+            _add_product(dv_at[:, here], space.rounded(kept).mT, do_i)
             if dbias is not None:
                 part = cut.bias_of(dbias, at, columns)  # (b | 1, h | 1, G | 1, rows | 1, columns | 1)
-                part += ds.view(-1, at.h.stop - at.h.start, G, len(at.rows), len(columns)).sum_to_size(part.shape)
+                part += cut.of_heads(ds, at, columns).sum_to_size(part.shape)
             if slope is not None:
                 ds.mul_(slope)
             ds = space.rounded(ds)
             _add_product(dq_i, ds, k_j)
-            _add_product(dk[at.b, at.h, columns.start:columns.stop].view(k_j.shape), ds.mT, q_i)
+            _add_product(dk_at[:, here], ds.mT, q_i)
         target = cut.queries(dq, at)  # (b, h, G, rows, Dh)
         target.copy_(dq_i.mul_(cut.scale).view(target.shape))
-    if cut.products != cut.dtype:  # else q_i was scaled
-        dk.mul_(cut.scale)
-    dk = dk.to(k.dtype)  # one after the other, so that three of the four copies exist at a time
-    dv = dv.to(v.dtype)
+        if at.rows.stop == T:  # the last
+            dk_at.mul_(cut.scale)
+            if k.dtype != cut.dtype:
+                dk[at.b, at.h], dv[at.b, at.h] = (x.view(-1, at.h.stop - at.h.start, S, Dh) for x in (dk_at, dv_at))
     return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
 
 
 class _Space:
     """Memory for the (n, R, C) matrices of a tile, used again by the next one: fresh pages would cost time."""
 
-    def __init__(self, count: int, size: int, cut: _Tiling, device: torch.device):
-        self.matrices = torch.empty(count, size, dtype=cut.dtype, device=device)
-        self.is_mixed = cut.products != cut.dtype  # products are rounded, all else is not
-        self.low = torch.empty(size if self.is_mixed else 0, dtype=cut.products, device=device)
+    def __init__(self, count: int, size: int, cut: _Tiling):
+        # bf16 is too coarse for the difference of two logits; without a maximum there is none, and products stay so.
+        self.is_mixed = cut.products != cut.dtype and cut.needs_maximum
+        self.matrices = torch.empty(count, size, dtype=cut.dtype if self.is_mixed else cut.products, device=cut.device)
+        self.low = torch.empty(size if self.is_mixed else 0, dtype=cut.products, device=cut.device)
 
     def product(self, a: Tensor, b: Tensor, index: int, scale: float = 1.0) -> Tensor:
-        """scale times a (n, R, K) b (n, K, C) -> (n, R, C) in the type of sums, in the matrix of this index."""
+        """scale times a (n, R, K) b (n, K, C) -> (n, R, C) in the matrix of this index."""
         n, R, C = a.size(0), a.size(1), b.size(2)
         out = self.matrices[index, :n * R * C].view(n, R, C)
-        if not self.is_mixed:
-            return torch.bmm(a, b, out=out)
         if scale == 0:  # oneDNN would write nothing
             return out.zero_()
-        low = self.low[:out.numel()].view(n, R, C)
-        return out.copy_(torch.baddbmm(low, a, b, beta=0, alpha=scale, out=low))
+        low = self.low[:out.numel()].view(n, R, C) if self.is_mixed else out
+        torch.baddbmm(low, a, b, beta=0, alpha=scale, out=low)
+        return out.copy_(low) if self.is_mixed else out
 
     def rounded(self, x: Tensor) -> Tensor:
         """x (n, R, C) in the type of products: x itself, or a copy that is good until the next product or rounding."""
         return self.low[:x.numel()].view(x.shape).copy_(x) if self.is_mixed else x
 
 
-def _exp_(x: Tensor, unit: float) -> Tensor:
-    """e^(unit x) in place, by 2^x: torch's e^x takes many times as long on a CPU where the result is 0 or nearly so, as
-    it is for all that is hidden."""
-    return (x if unit == math.log(2) else x.mul_(unit / math.log(2))).exp2_()
+def _exp_(x: Tensor) -> Tensor:
+    """e^x in place, by 2^x: torch's e^x takes many times as long on a CPU where the result is 0 or nearly so, as it is
+    for all that is hidden."""
+    return x.mul_(1 / math.log(2)).exp2_()
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """sums += a b, which are of one type."""
-    if b.dtype == sums.dtype:
+    if b.dtype == sums.dtype and sums.is_contiguous():  # else a CPU would add to it at half the speed
         sums.baddbmm_(a, b)
     else:
         sums.add_(torch.bmm(a, b))

@@ -104,7 +104,9 @@ LENGTHS = [(5, 5), (1, 7), (3, 8), (7, 3), (3, 1), (2, 0)]
 # --- the formula ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("T, S, kind", [(T, S, kind) for T, S in LENGTHS for kind in KINDS if T <= S or kind != "ids"])
-def test_tiles_match_brute_force_in_output_lse_and_all_gradients(T, S, kind):
+@pytest.mark.parametrize("moderate", [False, True])
+def test_tiles_match_brute_force_in_output_lse_and_all_gradients(T, S, kind, moderate, monkeypatch):
+    monkeypatch.setattr(flash_attn, "_are_moderate", lambda *_: moderate)  # logits are small enough for both
     for H, Hkv in ((4, 2), (3, 1)) if kind in ("causal", "bias") else ((4, 2),):
         inputs, options = problem(T, S, H, Hkv), extras(kind, 2, H, T, S)
         expected = with_gradients(brute_force, *inputs, **options)
@@ -148,9 +150,11 @@ def test_full_size_tiles_match_torch(T, S, is_causal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["causal", "not causal", "window", "ids", "dropout", "soft cap"])
 @pytest.mark.parametrize("native", [False, True])
-def test_error_is_at_most_twice_that_of_the_naive_formula_in_the_same_type(dtype, kind, native, monkeypatch):
-    """Whether halves are multiplied as halves, as by tensor cores, or as fp32."""
+@pytest.mark.parametrize("moderate", [False, True])
+def test_error_is_at_most_twice_that_of_the_naive_formula_in_the_same_type(dtype, kind, native, moderate, monkeypatch):
+    """Whether halves are multiplied as halves, as by tensor cores, or as fp32; with a maximum and without."""
     monkeypatch.setattr(flash_attn, "_multiplies", lambda device, dtype: native)
+    monkeypatch.setattr(flash_attn, "_are_moderate", lambda *_: moderate)
     for T, S, Dh in ((70, 70, 64), (33, 80, 16)):
         inputs = problem(T, S, 2, 1, Dh, B=1, dtype=dtype)
         options = extras(kind, 1, 2, T, S)
@@ -162,6 +166,44 @@ def test_error_is_at_most_twice_that_of_the_naive_formula_in_the_same_type(dtype
             assert a.dtype == b.dtype or a.dtype == torch.float32  # lse is fp32
             # one rounding of the result is nobody's fault
             assert size(a - c) <= 2 * size(b - c) + rounding * size(c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("native", [False, True])
+def test_logits_and_values_at_the_bounds_need_no_maximum(dtype, native, monkeypatch):
+    """Logits of -32 and 32 and any between, values and gradients of 1e8 and 1e-8, rows that see one key or none."""
+    monkeypatch.setattr(flash_attn, "_multiplies", lambda device, dtype: native)
+    T, S, Dh = 40, 37, 4
+    *inputs, grad_lse = problem(T, S, 2, 1, Dh, dtype=torch.float64)
+    q, k, v, grad_out = (x / x.norm(dim=-1, keepdim=True) for x in inputs)
+    k[:, :, ::5] = q[:, :1, :S:5]
+    q[:, :, 6::5] = -q[:, :, 5:-1:5]
+    for size_of_v, size_of_gradient in ((1e8, 1e8), (1e-8, 1e-8), (1e8, 1e-8)):
+        now = [(x * factor).to(dtype) for x, factor in ((q, 7.99), (k, 7.99), (v, 0.99 * size_of_v), (grad_out, 0.99 * size_of_gradient))]
+        assert flash_attn._are_moderate(*now[:2], now[2:], Dh ** -0.5)
+        now.append(grad_lse * size_of_v * size_of_gradient)
+        naive, exact = with_gradients(naive_attention_with_lse, *now), with_gradients(naive_attention_with_lse, *(x.double() for x in now))
+        assert exact[1][exact[1].isfinite()].abs().max() > 31
+        for a, b, c in zip(with_gradients(in_tiles((16, 16)), *now), naive, exact):
+            finite = c.isfinite()
+            assert torch.equal(a.isfinite(), finite)
+            assert size((a - c)[finite]) <= 2 * size((b - c)[finite]) + 4 * torch.finfo(dtype).eps * size(c[finite])
+
+
+def test_what_is_not_moderate_takes_the_maximum():
+    q, k, v, *_ = problem(9, 9)
+    assert flash_attn._are_moderate(q, k, [v], 0.1)
+    for at in range(3):
+        for value in (1e9, -1e9, math.inf, math.nan):
+            changed = [q.clone(), k.clone(), v.clone()]
+            changed[at][1, 1, 5, 3] = value
+            assert not flash_attn._are_moderate(*changed[:2], changed[2:], 0.1)
+    longest = q.norm(dim=-1).max() * k.norm(dim=-1).max()
+    for sign in (1, -1):
+        assert flash_attn._are_moderate(q, k, [v], sign * 31.9 / longest)
+        assert not flash_attn._are_moderate(q, k, [v], sign * 32.1 / longest)
+    assert not flash_attn._are_moderate(q[:, :, :7], k, [v], 0.1)  # too few queries for a look at all keys
+    assert not flash_attn._are_moderate(q, k[:, :, :0], [v[:, :, :0]], 0.1)
 
 
 def test_gradcheck_of_output_and_lse():
@@ -204,9 +246,15 @@ def test_queries_that_see_nothing_give_zeros_and_pass_no_gradient():
 
 def test_a_query_is_independent_of_what_comes_after_it():
     q, k, v, *_ = problem(12, 12)
-    before = flash_attention(q, k, v, backend="tiled")
-    k[:, :, 8:], v[:, :, 8:] = 1e3, -1e3
-    assert torch.equal(before[:, :, :8], flash_attention(q, k, v, backend="tiled")[:, :, :8])
+
+    def attend(key, value):
+        later_k, later_v = k.clone(), v.clone()
+        later_k[:, :, 8:], later_v[:, :, 8:] = key, value
+        return flash_attention(q, later_k, later_v, backend="tiled")[:, :, :8]
+
+    few, many = attend(0.1, -0.1), attend(1e3, -1e3)
+    assert torch.equal(few, attend(0.2, 0.3)) and torch.equal(many, attend(-2e3, 1e3))
+    torch.testing.assert_close(few, many, atol=1e-14, rtol=1e-14)  # with a maximum and without: rounded in another order
 
 
 @pytest.mark.parametrize("rounded", (False, True))
@@ -214,6 +262,7 @@ def test_an_infinite_logit_that_is_hidden_stays_hidden(rounded, monkeypatch):
     monkeypatch.setattr(flash_attn, "_multiplies", lambda device, dtype: rounded)
     q, k, v, *_ = problem(12, 12, dtype=torch.bfloat16)
     q = q.abs()
+    k[:, :, 8:] = 1e3  # large enough for the same code as infinity
     before = flash_attention(q, k, v, backend="tiled")
     k[:, :, 8:] = math.inf
     assert torch.equal(before[:, :, :8], flash_attention(q, k, v, backend="tiled")[:, :, :8])
@@ -287,14 +336,16 @@ def test_split_kv_decoding_matches_one_piece(T, S, splits):
 
 # --- what is computed, what is kept ---------------------------------------------------------
 
-def test_hidden_tiles_are_never_computed(monkeypatch):
-    shapes, bmm = [], torch.bmm
+@pytest.mark.parametrize("moderate", [False, True])
+def test_hidden_tiles_are_never_computed(moderate, monkeypatch):
+    monkeypatch.setattr(flash_attn, "_are_moderate", lambda *_: moderate)
+    shapes, product = [], torch.baddbmm
 
-    def counting(a, b, out=None):
+    def counting(sums, a, b, **factors):
         shapes.append((a.size(1), b.size(2)))
-        return bmm(a, b, out=out)
+        return product(sums, a, b, **factors)
 
-    monkeypatch.setattr(torch, "bmm", counting)
+    monkeypatch.setattr(torch, "baddbmm", counting)
     q, k, v, *_ = problem(64, 64, 1, 1, B=1)
     for options, tiles in ((Options(False), 64), (Options(), 36), (Options(window=8), 15), (Options(False, window=8), 22),
                            (Options(False, ids=torch.arange(64)[None] // 16), 16)):
