@@ -174,14 +174,14 @@ class _Tiling:
         is_plain = options.bias is None and not options.soft_cap and not options.dropout
         self.needs_maximum = (not is_plain or self.products == torch.float16  # whose range is small
                               or not _are_moderate(q, k, others, self.scale))
-        # The queries of a group share their keys: they are rows of one product, and no key is copied. Fastest on a CPU:
-        # 512 x 512 logits; but where products take most of the time, shorter tiles compute less above the diagonal.
+        # Query heads that share a key head are rows of one product, and no key is copied. Fastest on a CPU: 512 x 512
+        # logits; in fp32 with a causal mask 256 x 512, which compute less above the diagonal.
         rows = 512 if q.device.type == "cpu" and not (options.is_causal and self.products == self.dtype) else 256
         self.Br, self.Bc = tile or (max(16, rows // (H // Hkv)), 512)
 
     def tiles(self, matrices: int) -> Iterator[_Tile]:
-        """All query tiles, those of one head in a row. So many heads at once that so many matrices of their logits,
-        about 4 MB together, stay in cache."""
+        """All query tiles, those of one group of heads before the next group's. So many heads are in a group that this
+        number of matrices of their logits, about 4 MB together, stays in cache."""
         B, _, Hkv, G, T, S = self.shape
         matrices *= (self.dtype if self.needs_maximum else self.products).itemsize
         heads = max(1, 2**22 // max(1, matrices * G * min(self.Br, T) * min(self.Bc, S)))
@@ -258,11 +258,11 @@ class _Tiling:
         return s, slope
 
     def exponentials(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space) -> Tensor:
-        """e^logit in the same way, 0 where hidden; for moderate logits."""
+        """e^logit for the arguments of ``logits``, 0 where hidden; without a maximum, so for moderate logits only."""
         *_, T, S = self.shape
         p = space.product(q, k.mT, 0, self.scale).exp_()
         if self.options.is_causal and self.options.window is None and self.options.ids is None:
-            if columns.stop - 1 > S - T + at.rows.start:  # a triangle needs no mask, and nothing above it is read
+            if columns.stop - 1 > S - T + at.rows.start:  # to erase a triangle is faster than to multiply by a mask
                 self.of_heads(p, at, columns).tril_(S - T + at.rows.start - columns.start)
         elif (mask := self.mask(at, columns)) is not None:
             self.of_heads(p, at, columns).mul_(mask)
@@ -286,14 +286,19 @@ def _are_moderate(q: Tensor, k: Tensor, others: list[Tensor], scale: float) -> b
     to prevent that: to find it, subtract it and rescale for it are passes over each tile that can be left out.
 
     By Cauchy and Schwarz |s_ij| <= |scale| |q_i| |k_j|. Up to 32, e^s is 1e-14 to 1e14; what it multiplies, ``others``
-    (B, heads, rows, Dh), must leave room for that.
+    (..., Dh), must leave room for that in fp32's range, above and below. One answer for all rows: so what a row sees
+    beside it may change how it is rounded.
     """
-    # A GPU would have to wait for the answer; torch.compile joins the passes itself; and few queries pay for no look at
-    # all the keys.
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or q.size(2) < q.size(3) or not q.numel() * k.numel():
+    # A GPU would have to wait for the answer; torch.compile joins the passes itself; and for few queries a look at all
+    # keys takes longer than it saves.
+    are_few = q.size(2) < 4 * q.size(3) or 0 in (q.numel(), k.numel())
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or are_few:
         return False
-    q, k, *others = (torch.linalg.vector_norm(x, dim=-1).amax().item() for x in (q, k, *others))
-    return abs(scale) * q * k <= 32 and all(x <= 1e8 for x in others)
+    try:
+        longest = [torch.linalg.vector_norm(x, dim=-1).amax().item() for x in (q, k, *others)]
+    except RuntimeError:  # no numbers to be had: fake tensors, or a trace
+        return False
+    return abs(scale) * longest[0] * longest[1] <= 32 and all(x == 0 or 1e-8 <= x <= 1e8 for x in longest[2:])
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question
@@ -329,7 +334,7 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
                 o, l, m = o.mul_(shrink), l.mul_(shrink), larger
             else:
                 p = cut.exponentials(q_i, k_j, at, columns, space)
-            l.add_(p.sum(-1, keepdim=True))
+            l.add_(_row_sums(p, cut.dtype))
             if options.dropout:
                 p.mul_(cut.dropout(at, columns))
             _add_product(o, space.rounded(p), v_j)
@@ -351,7 +356,8 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     ``exact``: multiply in fp32, which an lse of other code than tiled_forward needs: p = e^(s - lse), the small
     difference of large numbers, is right only if both saw logits of the same rounding.
     """
-    cut = _Tiling(q, k, [v, grad_out], options, tile, exact)
+    others = [v, out, grad_out] + ([] if grad_lse is None else [grad_lse])
+    cut = _Tiling(q, k, others, options, tile, exact)
     *_, G, T, S = cut.shape
     dq, bias = torch.empty_like(q), options.bias
     dk, dv = (k.new_zeros(k.shape) for _ in range(2))
@@ -361,7 +367,7 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
         q_i = cut.query_rows(q, at).to(cut.products).contiguous()  # (n, G rows, Dh)
         if at.rows.start == 0:  # the first of these heads
             k_at, v_at, dk_at, dv_at = (x[at.b, at.h].flatten(0, 1) for x in (k, v, dk, dv))  # (n, S, Dh)
-            dk_at, dv_at = dk_at.to(cut.dtype), dv_at.to(cut.dtype)  # sums over tiles: in fp32 views, else copies
+            dk_at, dv_at = dk_at.to(cut.dtype), dv_at.to(cut.dtype)  # views of dk and dv, or copies if those are halves
         n, R, Dh = q_i.shape
         # matrix 0: logits, then p; matrix 1: dp, then ds
         space = _Space(2, n * R * min(cut.Bc, S), cut) if space is None else space
@@ -370,11 +376,14 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
         if grad_lse is not None:  # d lse_i / d s_ij = p_ij
             delta -= cut.query_rows(grad_lse, at)[..., None]
         lse_i = cut.query_rows(lse, at)[..., None]  # (n, G rows, 1)
-        lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf)  # p = 0 in rows that see nothing
-        if not cut.needs_maximum:
-            # p = e^s e^-lse, and the second factor is the row's: do and delta take it. And do . v - delta is
-            # [do, -delta] . [v, 1], with another column for what bf16 rounds off.
-            do_i, delta = (x * torch.exp(-lse_i) for x in (do_i, delta))
+        if cut.needs_maximum:
+            lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf)  # p = 0 in rows that see nothing
+        else:
+            # p = e^s e^-lse. The second factor is one number a row, so the row's do and delta are multiplied by it, and
+            # not the tile; by 0 where a row sees none of these keys, as its lse tells: logits of -32 give no less.
+            weight = torch.exp(-lse_i).masked_fill(lse_i < -33, 0)
+            do_i, delta = do_i * weight, delta * weight
+            # do . v - delta = [do, -high, high - delta] . [v, 1, 1]: delta as a sum of two numbers, if they are bf16.
             high = delta.to(cut.products)
             do_delta = torch.cat((do_i.to(cut.products), -high, (high - delta).to(cut.products)), -1)
         do_i, dq_i = do_i.to(cut.products).contiguous(), torch.zeros(q_i.shape, dtype=cut.dtype, device=q.device)
@@ -406,7 +415,8 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
         if at.rows.stop == T:  # the last
             dk_at.mul_(cut.scale)
             if k.dtype != cut.dtype:
-                dk[at.b, at.h], dv[at.b, at.h] = (x.view(-1, at.h.stop - at.h.start, S, Dh) for x in (dk_at, dv_at))
+                dk[at.b, at.h] = dk_at.view(dk[at.b, at.h].shape)
+                dv[at.b, at.h] = dv_at.view(dv[at.b, at.h].shape)
     return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
 
 
@@ -414,7 +424,8 @@ class _Space:
     """Memory for the (n, R, C) matrices of a tile, used again by the next one: fresh pages would cost time."""
 
     def __init__(self, count: int, size: int, cut: _Tiling):
-        # bf16 is too coarse for the difference of two logits; without a maximum there is none, and products stay so.
+        # Products come in bf16 then, and are converted to fp32 for what follows: differences of logits, above all.
+        # Without a maximum there are none, and tiles stay in bf16.
         self.is_mixed = cut.products != cut.dtype and cut.needs_maximum
         self.matrices = torch.empty(count, size, dtype=cut.dtype if self.is_mixed else cut.products, device=cut.device)
         self.low = torch.empty(size if self.is_mixed else 0, dtype=cut.products, device=cut.device)
@@ -438,6 +449,14 @@ def _exp_(x: Tensor) -> Tensor:
     """e^x in place, by 2^x: torch's e^x takes many times as long on a CPU where the result is 0 or nearly so, as it is
     for all that is hidden."""
     return x.mul_(1 / math.log(2)).exp2_()
+
+
+def _row_sums(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, R, C) -> (n, R, 1). A sum of bf16 is rounded to bf16, and to convert all of it beforehand would take four
+    times as long: so 16 shorter sums are rounded, and added up in ``dtype``."""
+    if p.dtype != dtype and p.size(-1) % 16 == 0:
+        p = p.unflatten(-1, (-1, 16)).sum(-2)
+    return p.sum(-1, keepdim=True, dtype=dtype)
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
@@ -520,7 +539,7 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         with torch.autocast(q.device.type, enabled=False):
-            grad_lse = grad_lse if ctx.with_lse else None  # zeros, where torch.compile has traced this
+            grad_lse = grad_lse if ctx.with_lse else None  # torch.compile gives zeros for an lse that nobody used
             if ctx.name == "tiled" or grad_lse is not None:  # torch's kernels have no gradient of lse
                 grads = tiled_backward(grad_out, q, k, v, out, lse, ctx.options, grad_lse, exact=ctx.name != "tiled")
             else:

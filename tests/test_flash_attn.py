@@ -178,8 +178,8 @@ def test_logits_and_values_at_the_bounds_need_no_maximum(dtype, native, monkeypa
     q, k, v, grad_out = (x / x.norm(dim=-1, keepdim=True) for x in inputs)
     k[:, :, ::5] = q[:, :1, :S:5]
     q[:, :, 6::5] = -q[:, :, 5:-1:5]
-    for size_of_v, size_of_gradient in ((1e8, 1e8), (1e-8, 1e-8), (1e8, 1e-8)):
-        now = [(x * factor).to(dtype) for x, factor in ((q, 7.99), (k, 7.99), (v, 0.99 * size_of_v), (grad_out, 0.99 * size_of_gradient))]
+    for size_of_v, size_of_gradient in ((0.99e8, 0.99e8), (1.01e-8, 1.01e-8), (0.99e8, 1.01e-8), (1.01e-8, 0.99e8)):
+        now = [(x * factor).to(dtype) for x, factor in ((q, 7.99), (k, 7.99), (v, size_of_v), (grad_out, size_of_gradient))]
         assert flash_attn._are_moderate(*now[:2], now[2:], Dh ** -0.5)
         now.append(grad_lse * size_of_v * size_of_gradient)
         naive, exact = with_gradients(naive_attention_with_lse, *now), with_gradients(naive_attention_with_lse, *(x.double() for x in now))
@@ -191,10 +191,10 @@ def test_logits_and_values_at_the_bounds_need_no_maximum(dtype, native, monkeypa
 
 
 def test_what_is_not_moderate_takes_the_maximum():
-    q, k, v, *_ = problem(9, 9)
+    q, k, v, *_ = problem(32, 9)
     assert flash_attn._are_moderate(q, k, [v], 0.1)
     for at in range(3):
-        for value in (1e9, -1e9, math.inf, math.nan):
+        for value in (1e9, -1e9, math.inf, -math.inf, math.nan):
             changed = [q.clone(), k.clone(), v.clone()]
             changed[at][1, 1, 5, 3] = value
             assert not flash_attn._are_moderate(*changed[:2], changed[2:], 0.1)
@@ -202,8 +202,56 @@ def test_what_is_not_moderate_takes_the_maximum():
     for sign in (1, -1):
         assert flash_attn._are_moderate(q, k, [v], sign * 31.9 / longest)
         assert not flash_attn._are_moderate(q, k, [v], sign * 32.1 / longest)
-    assert not flash_attn._are_moderate(q[:, :, :7], k, [v], 0.1)  # too few queries for a look at all keys
+    assert flash_attn._are_moderate(q, k, [v * 0], 0.1) and not flash_attn._are_moderate(q, k, [v * 1e-10], 0.1)
+    assert not flash_attn._are_moderate(q[:, :, :31], k, [v], 0.1)  # too few queries for a look at all keys
     assert not flash_attn._are_moderate(q, k[:, :, :0], [v[:, :, :0]], 0.1)
+
+
+@pytest.mark.parametrize("S", [257, 512, 1000])
+def test_sums_of_weights_in_bf16_are_not_rounded_to_bf16(S, monkeypatch):
+    """As a whole: then the sum of 257 ones would be 256, and log-sum-exps wrong by up to 1/256, 1e-3 on average."""
+    monkeypatch.setattr(flash_attn, "_multiplies", lambda device, dtype: True)
+    q, k, v, *_ = problem(64, S, Dh=16, dtype=torch.bfloat16)
+    for spread, bound in ((0.0, 1e-6), (0.1, 6e-4)):
+        _, lse = tiled_forward(q * spread, k, v, Options(False))
+        _, exact = naive_attention_with_lse((q * spread).double(), k.double(), v.double(), False)
+        assert size(lse - exact) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [-60, -95, -200])
+def test_backward_of_a_part_that_rows_with_a_tiny_lse_do_not_see(level, dtype):
+    """Of the first 32 queries the last 32 keys are hidden, and so small are the logits with the rest that e^-lse overflows."""
+    q, k, v, grad_out, _ = problem(64, 64, 1, 1, 4, B=1, dtype=dtype)
+    q[..., 0], k[:, :, :32, 0], k[:, :, 32:] = 20, level / 10, k[:, :, 32:] * 0.01  # logits: 20 level / 10 / sqrt(4), and near 0
+    out, lse = tiled_forward(q, k, v, Options())
+    part = k[:, :, 32:], v[:, :, 32:]
+    assert flash_attn._are_moderate(q, part[0], [part[1]], 0.5) and lse.min() < level + 20
+    found = tiled_backward(grad_out, q, *part, out, lse, Options())[:3]
+    whole = tiled_backward(*(x.double() for x in (grad_out, q, k, v, out)), lse.double(), Options())
+    exact = tiled_backward(*(x.double() for x in (grad_out, q, *part, out)), lse.double(), Options())[:3]
+    torch.testing.assert_close(exact[1], whole[1][:, :, 32:])
+    for a, b in zip(found, exact):
+        assert a.isfinite().all() and size(a - b) <= 0.05 * size(b) + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_no_keys_at_all_have_gradients_of_no_size(dtype, backend):
+    q, k, v, *_ = (x.requires_grad_() for x in problem(40, 0, dtype=dtype))
+    flash_attention(q, k, v, backend=backend).sum().backward()
+    assert not q.grad.any() and k.grad.shape == v.grad.shape == k.shape
+
+
+def test_tensors_without_numbers_and_traces_are_welcome():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    with FakeTensorMode():
+        q = torch.randn(2, 4, 64, 16)
+        assert flash_attention(q, q, q, window=5).shape == q.shape
+    q, k, v, *_ = problem(64, 64, Dh=4)
+    traced = make_fx(lambda *x: flash_attention(*x, backend="tiled"))(q, k, v)
+    torch.testing.assert_close(traced(q, k, v), flash_attention(q, k, v, backend="tiled"))
 
 
 def test_gradcheck_of_output_and_lse():
