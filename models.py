@@ -131,10 +131,11 @@ def from_pretrained(directory: str | Path) -> nn.Module:
     raise ValueError(f"{directory}: model_type is {kind!r}: gpt2, llama, mistral, mixtral and olmoe can be read")
 
 
-def load_model(directory: str | Path, device: str = "cpu"):
+def load_model(directory: str | Path, device: str = "cpu", of_reward_model: bool = False):
     """(model, encoding), in eval mode, of a training run's directory, one of its checkpoints, or a directory of Hugging
     Face or Meta. Raises ValueError if there is no such directory, or it does not hold both a model and the tokenizer
-    that it was trained with."""
+    that it was trained with; and if it is a reward model, which was trained to score texts and not to write them,
+    unless ``of_reward_model`` asks for the model beneath its head."""
     import checkpoint
     import tokenizer
     directory = Path(directory)
@@ -143,7 +144,10 @@ def load_model(directory: str | Path, device: str = "cpu"):
         model = from_pretrained(directory)
     elif directory.is_dir():
         path = checkpoint.latest(directory)
-        saved = checkpoint.load(path, parts=("model",))
+        saved = checkpoint.load(path, parts=("model", "head"))
+        if saved["head"] and not of_reward_model:
+            raise ValueError(f"{path}: a reward model, which scores texts and writes none: give the directory of a "
+                             "pretrained or aligned model")
         try:
             model = build(saved["meta"].get("model_type"), saved["meta"]["model_config"], device="meta")
             model.load_state_dict(saved["model"], assign=True)

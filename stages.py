@@ -35,12 +35,12 @@ from torch import Tensor
 
 # --- 1. the models --------------------------------------------------------------------------
 
-def load_policy(directory: str | Path, device: torch.device | str = "cpu"):
+def load_policy(directory: str | Path, device: torch.device | str = "cpu", of_reward_model: bool = False):
     """(model, encoding) of a run's directory, a checkpoint or a Hugging Face directory, ready to chat: the special
-    tokens of chat.py are in its vocabulary. ValueError as models.load_model."""
+    tokens of chat.py are in its vocabulary. ``of_reward_model``, and ValueError, as models.load_model."""
     import chat
     import models
-    model, encoding = models.load_model(directory, str(device))
+    model, encoding = models.load_model(directory, str(device), of_reward_model)
     encoding = chat.extend(encoding)
     chat.resize_vocabulary(model, encoding.max_token_value + 1, torch.Generator().manual_seed(0))
     return model, encoding
@@ -50,7 +50,7 @@ def load_reward_model(directory: str | Path, device: torch.device | str = "cpu")
     """The reward model that the stage "reward" saved. CheckpointError, a ValueError, if there is none."""
     import checkpoint
     import preference
-    model, _ = load_policy(directory, device)
+    model, _ = load_policy(directory, device, of_reward_model=True)
     reward = preference.RewardModel(model)
     head = checkpoint.load(checkpoint.latest(directory), ("head",))["head"]
     reward.score.load_state_dict(head)

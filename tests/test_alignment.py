@@ -20,6 +20,7 @@ import chat
 import checkpoint
 import decode
 import labeller
+import models
 import packing
 import processes
 import rlhf
@@ -207,9 +208,9 @@ CHANGES = {"sft": dict(seed=1, sft_epochs=1, sft_batch=4, sft_lr=1e-4, held_out=
 LOADED = {}
 
 
-def copied(load, directory, device="cpu"):
+def copied(load, directory, device="cpu", **options):
     if (load, directory) not in LOADED:
-        LOADED[load, directory] = load(directory, device)
+        LOADED[load, directory] = load(directory, device, **options)
     return copy.deepcopy(LOADED[load, directory])
 
 
@@ -282,6 +283,15 @@ def test_a_folder_that_another_run_is_writing_is_refused(base, tmp_path):
         with pytest.raises(ValueError, match="sft is being written by process"):
             run_stages(config(base, tmp_path), processes.World())
     assert not list((tmp_path / "sft").glob("step-*"))
+
+
+def test_a_reward_model_is_no_policy(done, base, tmp_path):
+    out, _ = done
+    with pytest.raises(ValueError, match="a reward model, which scores texts and writes none: give the directory of a"):
+        models.load_model(out / "reward")
+    with pytest.raises(ValueError, match="a reward model, which scores texts"):
+        run_stages(config(base, tmp_path, init=str(out / "reward"), stages="sft"), processes.World())
+    assert models.load_model(out / "reward", of_reward_model=True)[0].config == models.load_model(out / "sft")[0].config
 
 
 def test_what_is_missing_is_refused_before_work_begins(base, tmp_path):
