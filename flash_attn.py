@@ -173,15 +173,15 @@ class _Tiling:
         self.products = q.dtype if _multiplies(q.device.type, q.dtype) and not exact else self.dtype
         is_plain = options.bias is None and not options.soft_cap and not options.dropout
         self.needs_maximum = (not is_plain or self.products == torch.float16  # whose range is small
-                              or not _are_moderate(q, k, others, self.scale))
+                              or not _are_moderate(q, k, others, self.scale, options.window))
         # Query heads that share a key head are rows of one product, and no key is copied. Fastest on a CPU: 512 x 512
         # logits; in fp32 with a causal mask 256 x 512, which compute less above the diagonal.
         rows = 512 if q.device.type == "cpu" and not (options.is_causal and self.products == self.dtype) else 256
         self.Br, self.Bc = tile or (max(16, rows // (H // Hkv)), 512)
 
     def tiles(self, matrices: int) -> Iterator[_Tile]:
-        """All query tiles, those of one group of heads before the next group's. So many heads are in a group that this
-        number of matrices of their logits, about 4 MB together, stays in cache."""
+        """All query tiles, those of one group of heads before the next group's. A group has as many heads as fit in
+        cache: ``matrices`` tiles of logits for each of them, about 4 MB in all."""
         B, _, Hkv, G, T, S = self.shape
         matrices *= (self.dtype if self.needs_maximum else self.products).itemsize
         heads = max(1, 2**22 // max(1, matrices * G * min(self.Br, T) * min(self.Bc, S)))
@@ -207,9 +207,8 @@ class _Tiling:
                     yield columns
 
     def mask(self, at: _Tile, columns: range) -> Tensor | None:
-        """What these queries see, and what not: inf and -inf, which logits must not surpass (to fill in what is hidden
-        would take three times as long), or 1 and 0, to multiply e^logit by. (b | 1, 1, 1, rows, columns); None: all
-        see all."""
+        """With a maximum: inf where seen, -inf where hidden, the upper limit of each logit (masked_fill would take
+        three times as long). Without: 1 and 0, factors of e^logit. (b | 1, 1, 1, rows, columns); None: all see all."""
         place = at.b.start, at.rows.start, columns.start
         if self.options.ids is None:  # then a mask fits all tiles that lie the same to the diagonal
             place = at.rows.start - columns.start, len(at.rows), len(columns)
@@ -254,7 +253,7 @@ class _Tiling:
             self.of_heads(s, at, columns).add_(self.bias_of(o.bias, at, columns))
         if mask is not None:
             full = self.of_heads(s, at, columns)
-            torch.minimum(full, mask, out=full)
+            torch.minimum(full, mask, out=full)  # (NaN stays: one in a hidden key spoils the tile that it is in)
         return s, slope
 
     def exponentials(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space) -> Tensor:
@@ -281,24 +280,25 @@ class _Tiling:
         return factor.view(-1, G * len(at.rows), len(columns))
 
 
-def _are_moderate(q: Tensor, k: Tensor, others: list[Tensor], scale: float) -> bool:
+def _are_moderate(q: Tensor, k: Tensor, others: list[Tensor], scale: float, window: int | None = None) -> bool:
     """Whether no e^logit can overflow or vanish. Then m = 0 serves every row as well as its maximum, whose only use is
     to prevent that: to find it, subtract it and rescale for it are passes over each tile that can be left out.
 
-    By Cauchy and Schwarz |s_ij| <= |scale| |q_i| |k_j|. Up to 32, e^s is 1e-14 to 1e14; what it multiplies, ``others``
-    (..., Dh), must leave room for that in fp32's range, above and below. One answer for all rows: so what a row sees
-    beside it may change how it is rounded.
+    By Cauchy and Schwarz |s_ij| <= |scale| |q_i| |k_j|. Up to 32, e^s is 1e-14 to 1e14; the longest row of each of
+    ``others`` (..., Dh), which it multiplies, must leave room for that in fp32's range, above and below. One answer for
+    the whole call: so any row or key, even one hidden from this row, may change how this row is rounded.
     """
-    # A GPU would have to wait for the answer; torch.compile joins the passes itself; and for few queries a look at all
-    # keys takes longer than it saves.
-    are_few = q.size(2) < 4 * q.size(3) or 0 in (q.numel(), k.numel())
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or are_few:
-        return False
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # a GPU would have to wait for the answer, a trace would keep it for other numbers
+    (T, Dh), S = q.shape[2:], k.size(2)
+    if 0 in (q.numel(), k.numel()) or T * min(S, T + (window or S)) < 4 * Dh * S:
+        return False  # with few logits, a look at all keys takes longer than it saves
     try:
         longest = [torch.linalg.vector_norm(x, dim=-1).amax().item() for x in (q, k, *others)]
-    except RuntimeError:  # no numbers to be had: fake tensors, or a trace
+        return abs(scale) * longest[0] * longest[1] <= 32 and all(
+            1e-8 <= norm <= 1e8 or norm == 0 and not x.any() for norm, x in zip(longest[2:], others))
+    except RuntimeError:  # tensors without numbers: fake ones, or those of a symbolic trace
         return False
-    return abs(scale) * longest[0] * longest[1] <= 32 and all(x == 0 or 1e-8 <= x <= 1e8 for x in longest[2:])
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question
@@ -372,21 +372,24 @@ def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
         # matrix 0: logits, then p; matrix 1: dp, then ds
         space = _Space(2, n * R * min(cut.Bc, S), cut) if space is None else space
         do_i, out_i = (cut.query_rows(x, at) for x in (grad_out, out))
-        delta = (do_i.to(cut.dtype) * out_i).sum(-1, keepdim=True)  # (n, G rows, 1)
-        if grad_lse is not None:  # d lse_i / d s_ij = p_ij
-            delta -= cut.query_rows(grad_lse, at)[..., None]
-        lse_i = cut.query_rows(lse, at)[..., None]  # (n, G rows, 1)
+        lse_i, weight = cut.query_rows(lse, at)[..., None], 1.0  # (n, G rows, 1)
         if cut.needs_maximum:
             lse_i = lse_i.masked_fill(lse_i == -math.inf, math.inf)  # p = 0 in rows that see nothing
         else:
             # p = e^s e^-lse. The second factor is one number a row, so the row's do and delta are multiplied by it, and
-            # not the tile; by 0 where a row sees none of these keys, as its lse tells: logits of -32 give no less.
+            # not the tile. A row that sees any of these keys has lse >= -32 (-33 allows for rounding); one below sees
+            # none: its factor is 0, since e^-lse might overflow.
             weight = torch.exp(-lse_i).masked_fill(lse_i < -33, 0)
-            do_i, delta = do_i * weight, delta * weight
-            # do . v - delta = [do, -high, high - delta] . [v, 1, 1]: delta as a sum of two numbers, if they are bf16.
-            high = delta.to(cut.products)
-            do_delta = torch.cat((do_i.to(cut.products), -high, (high - delta).to(cut.products)), -1)
+            do_i = do_i * weight
         do_i, dq_i = do_i.to(cut.products).contiguous(), torch.zeros(q_i.shape, dtype=cut.dtype, device=q.device)
+        delta = (do_i.to(cut.dtype) * out_i).sum(-1, keepdim=True)  # (n, G rows, 1)
+        if grad_lse is not None:  # d lse_i / d s_ij = p_ij
+            delta -= cut.query_rows(grad_lse, at)[..., None] * weight
+        if not cut.needs_maximum:
+            # do . v - delta = [do, -high, high - delta] . [v, 1, 1] is one product. One bf16 number would lose 16 bits
+            # of delta, so it enters as the sum of two; in fp32 the second is 0.
+            high = delta.to(cut.products)
+            do_delta = torch.cat((do_i, -high, (high - delta).to(cut.products)), -1)
         for columns in cut.columns(at):
             k_j, v_j = cut.keys(k_at, columns), cut.keys(v_at, columns)  # (n, columns, Dh)
             slope, here = None, slice(columns.start, columns.stop)
@@ -452,8 +455,8 @@ def _exp_(x: Tensor) -> Tensor:
 
 
 def _row_sums(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, R, C) -> (n, R, 1). A sum of bf16 is rounded to bf16, and to convert all of it beforehand would take four
-    times as long: so 16 shorter sums are rounded, and added up in ``dtype``."""
+    """(n, R, C) -> (n, R, 1). A sum of bf16 is itself rounded to bf16, and to convert p first takes four times as long.
+    So where 16 divides C, 16 partial sums (of every 16th column) are rounded, and added up in ``dtype``."""
     if p.dtype != dtype and p.size(-1) % 16 == 0:
         p = p.unflatten(-1, (-1, 16)).sum(-2)
     return p.sum(-1, keepdim=True, dtype=dtype)
@@ -609,8 +612,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
         raise ValueError(f"needs q (B, H, T, Dh), k and v (B, Hkv, S, Dh), got {shapes}")
     B, H, T, Dh, Hkv, S = *q.shape, *k.shape[1:3]
-    if Hkv == 0 or H % Hkv or Dh == 0:
-        raise ValueError(f"Hkv must divide H, and Dh be at least 1, got {shapes}")
+    if 0 in (H, Hkv, Dh) or H % Hkv:
+        raise ValueError(f"Hkv must divide H, and both and Dh be at least 1, got {shapes}")
     types = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if not q.dtype == k.dtype == v.dtype or q.dtype not in types:
         raise ValueError("q, k and v must all be fp32, bf16, fp16 or float64, "

@@ -203,6 +203,11 @@ def test_what_is_not_moderate_takes_the_maximum():
         assert flash_attn._are_moderate(q, k, [v], sign * 31.9 / longest)
         assert not flash_attn._are_moderate(q, k, [v], sign * 32.1 / longest)
     assert flash_attn._are_moderate(q, k, [v * 0], 0.1) and not flash_attn._are_moderate(q, k, [v * 1e-10], 0.1)
+    assert not flash_attn._are_moderate(*(x.float() for x in (q, k)), [v.float() * 1e-30], 0.1)  # a norm of 0, but not all 0
+    q, k, v, *_ = problem(64, 640)
+    assert flash_attn._are_moderate(q, k, [v], 0.1) and flash_attn._are_moderate(q, k, [v], 0.1, 256)
+    assert not flash_attn._are_moderate(q, k, [v], 0.1, 64)  # most keys are seen by none
+    q, k, v, *_ = problem(32, 9)
     assert not flash_attn._are_moderate(q[:, :, :31], k, [v], 0.1)  # too few queries for a look at all keys
     assert not flash_attn._are_moderate(q, k[:, :, :0], [v[:, :, :0]], 0.1)
 
@@ -243,15 +248,24 @@ def test_no_keys_at_all_have_gradients_of_no_size(dtype, backend):
     assert not q.grad.any() and k.grad.shape == v.grad.shape == k.shape
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
 def test_tensors_without_numbers_and_traces_are_welcome():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    with FakeTensorMode():
-        q = torch.randn(2, 4, 64, 16)
-        assert flash_attention(q, q, q, window=5).shape == q.shape
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    for mode in (FakeTensorMode(), FakeTensorMode(shape_env=ShapeEnv())):
+        with mode:
+            q = torch.randn(2, 4, 64, 16)
+            assert flash_attention(q, q, q, backend="tiled").shape == q.shape
     q, k, v, *_ = problem(64, 64, Dh=4)
-    traced = make_fx(lambda *x: flash_attention(*x, backend="tiled"))(q, k, v)
-    torch.testing.assert_close(traced(q, k, v), flash_attention(q, k, v, backend="tiled"))
+
+    def attend(q, k, v):
+        return tiled_forward(q, k, v, Options())[0]
+
+    for traced in (*(make_fx(attend, tracing_mode=mode)(q, k, v) for mode in ("real", "fake", "symbolic")),
+                   torch.jit.trace(attend, (q, k, v), check_trace=False)):
+        for factor in (1, 100):  # what was moderate in the trace need not be so later
+            torch.testing.assert_close(traced(factor * q, k, v), attend(factor * q, k, v))
 
 
 def test_gradcheck_of_output_and_lse():
@@ -574,6 +588,7 @@ def test_memory_that_held_nan_does_not_show(changes, rounded, monkeypatch):
     ({"v": torch.zeros(2, 2, 5, 8)}, r"v \(2, 2, 5, 8\)"),
     ({"q": torch.zeros(1, 4, 3, 8)}, r"q \(1, 4, 3, 8\), k \(2, 2, 6, 8\)"),
     ({"q": torch.zeros(2, 3, 3, 8)}, r"Hkv must divide H.* q \(2, 3, 3, 8\)"),
+    ({"q": torch.zeros(2, 0, 3, 8)}, r"Hkv must divide H, and both .* q \(2, 0, 3, 8\)"),
     ({"q": torch.zeros(2, 4, 3, 8).double()}, "float64, torch.float32"),
     ({name: torch.zeros(2, 2, 6, 8).long() for name in "qkv"}, "fp32, bf16, fp16 or float64, got torch.int64"),
     ({"k": torch.zeros(2, 2, 6, 8, device="meta")}, "q is on cpu, k on meta"),
