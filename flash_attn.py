@@ -7,7 +7,7 @@ Idea      Attention's time goes into moving its T x S matrix to memory (HBM) and
 Formula   s_ij = scale q_i . k_j, the logits; for one query i:
           online:    m' = max(m, max_j s_j);   a = e^(m - m');   p_j = e^(s_j - m')
                      l' = a l + sum_j p_j;     o' = a o + sum_j p_j v_j     for one tile of keys after another
-                     (m = 0 throughout, and a = 1, where no |s_ij| can be large: see _are_moderate)
+                     (m = 0 and a = 1 throughout, where no |s_ij| can be large: see _are_moderate)
           then       out = o / l,   lse = m + log l  (log-sum-exp),   p_j = e^(s_j - lse)
           backward:  dv_j = sum_i p_ij do_i;        ds_ij = p_ij (do_i . v_j - do_i . out_i)
                      dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i
@@ -257,7 +257,8 @@ class _Tiling:
         return s, slope
 
     def exponentials(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space) -> Tensor:
-        """e^logit for the arguments of ``logits``, 0 where hidden; without a maximum, so for moderate logits only."""
+        """e^logit (n, G rows, columns) for the arguments of ``logits``, 0 where hidden; of moderate logits alone, from
+        which no maximum need be taken, so of none with a bias or a soft cap."""
         *_, T, S = self.shape
         p = space.product(q, k.mT, 0, self.scale).exp_()
         if self.options.is_causal and self.options.window is None and self.options.ids is None:
@@ -332,7 +333,7 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
                 larger = torch.maximum(m, s.amax(-1, keepdim=True))
                 p, shrink = _exp_(s.sub_(larger)), torch.exp(m - larger)
                 o, l, m = o.mul_(shrink), l.mul_(shrink), larger
-            else:
+            else:  # m stays 0, so nothing is rescaled
                 p = cut.exponentials(q_i, k_j, at, columns, space)
             l.add_(_row_sums(p, cut.dtype))
             if options.dropout:
@@ -427,8 +428,8 @@ class _Space:
     """Memory for the (n, R, C) matrices of a tile, used again by the next one: fresh pages would cost time."""
 
     def __init__(self, count: int, size: int, cut: _Tiling):
-        # Products come in bf16 then, and are converted to fp32 for what follows: differences of logits, above all.
-        # Without a maximum there are none, and tiles stay in bf16.
+        # Where products are rounded to bf16, a maximum's differences of logits need fp32: so each product is converted,
+        # and p is rounded for the next one. Without a maximum there are no differences, and a tile stays in bf16.
         self.is_mixed = cut.products != cut.dtype and cut.needs_maximum
         self.matrices = torch.empty(count, size, dtype=cut.dtype if self.is_mixed else cut.products, device=cut.device)
         self.low = torch.empty(size if self.is_mixed else 0, dtype=cut.products, device=cut.device)
