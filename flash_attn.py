@@ -614,7 +614,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         raise ValueError(f"needs q (B, H, T, Dh), k and v (B, Hkv, S, Dh), got {shapes}")
     B, H, T, Dh, Hkv, S = *q.shape, *k.shape[1:3]
     if 0 in (H, Hkv, Dh) or H % Hkv:
-        raise ValueError(f"Hkv must divide H, and both and Dh be at least 1, got {shapes}")
+        raise ValueError(f"Hkv must divide H, and H, Hkv and Dh be at least 1, got {shapes}")
     types = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if not q.dtype == k.dtype == v.dtype or q.dtype not in types:
         raise ValueError("q, k and v must all be fp32, bf16, fp16 or float64, "

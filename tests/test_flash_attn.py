@@ -588,7 +588,7 @@ def test_memory_that_held_nan_does_not_show(changes, rounded, monkeypatch):
     ({"v": torch.zeros(2, 2, 5, 8)}, r"v \(2, 2, 5, 8\)"),
     ({"q": torch.zeros(1, 4, 3, 8)}, r"q \(1, 4, 3, 8\), k \(2, 2, 6, 8\)"),
     ({"q": torch.zeros(2, 3, 3, 8)}, r"Hkv must divide H.* q \(2, 3, 3, 8\)"),
-    ({"q": torch.zeros(2, 0, 3, 8)}, r"Hkv must divide H, and both .* q \(2, 0, 3, 8\)"),
+    ({"q": torch.zeros(2, 0, 3, 8)}, r"Hkv must divide H, and H, Hkv and Dh .* q \(2, 0, 3, 8\)"),
     ({"q": torch.zeros(2, 4, 3, 8).double()}, "float64, torch.float32"),
     ({name: torch.zeros(2, 2, 6, 8).long() for name in "qkv"}, "fp32, bf16, fp16 or float64, got torch.int64"),
     ({"k": torch.zeros(2, 2, 6, 8, device="meta")}, "q is on cpu, k on meta"),
