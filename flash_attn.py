@@ -175,9 +175,12 @@ class _Tiling:
         self.needs_maximum = (not is_plain or self.products == torch.float16  # whose range is small
                               or not _are_moderate(q, k, others, self.scale, options.window))
         # Query heads that share a key head are rows of one product, and no key is copied. Fastest on a CPU: 512 x 512
-        # logits; in fp32 with a causal mask 256 x 512, which compute less above the diagonal.
-        rows = 512 if q.device.type == "cpu" and not (options.is_causal and self.products == self.dtype) else 256
-        self.Br, self.Bc = tile or (max(16, rows // (H // Hkv)), 512)
+        # logits in bf16; in fp32 1024 x 256, or 256 x 256 where keys are hidden: so fewer of those are computed.
+        sees_all = not options.is_causal and options.window is options.ids is None
+        rows, columns = 256, 512  # on a GPU
+        if q.device.type == "cpu":
+            rows, columns = (1024 if sees_all else 256, 256) if self.products == self.dtype else (512, 512)
+        self.Br, self.Bc = tile or (max(16, rows // (H // Hkv)), columns)
 
     def tiles(self, matrices: int) -> Iterator[_Tile]:
         """All query tiles, those of one group of heads before the next group's. A group has as many heads as fit in
@@ -341,7 +344,7 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
             _add_product(o, space.rounded(p), v_j)
         nothing = l == 0
         target = cut.queries(out, at)  # (b, h, G, rows, Dh)
-        target.copy_((o / l.masked_fill(nothing, 1)).view(target.shape))
+        torch.div(o.view(target.shape), l.masked_fill(nothing, 1).view(*target.shape[:-1], 1), out=target)
         lse_i = (m + torch.log(l)).masked_fill_(nothing, -math.inf)  # (n, G rows, 1)
         cut.queries(lse, at).copy_(lse_i.view(target.shape[:-1]))
         traffic.append(n * R * (2 * Dh * q.element_size() + lse.element_size()))

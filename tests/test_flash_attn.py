@@ -127,7 +127,7 @@ if torch.cuda.is_available():
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("T, S", [(300, 300), (40, 600), (600, 40)])
+@pytest.mark.parametrize("T, S", [(300, 300), (40, 600), (600, 40), (1100, 300)])
 def test_full_size_tiles_match_torch(T, S, is_causal):
     inputs = problem(T, S)
 
@@ -414,6 +414,11 @@ def test_hidden_tiles_are_never_computed(moderate, monkeypatch):
         shapes.clear()
         tiled_forward(q, k, v, options, (8, 8))
         assert len(shapes) == tiles, options
+    q, k, v, *_ = problem(2048, 2048, 1, 1, B=1, dtype=torch.float32)
+    for options, share in ((Options(False), 1), (Options(), 0.5625), (Options(False, window=256), 0.34375)):
+        shapes.clear()
+        tiled_forward(q, k, v, options)  # by its own choice of tiles, which are small where much is hidden
+        assert sum(rows * columns for rows, columns in shapes) <= share * 2048**2, options
 
 
 def test_what_is_saved_is_the_inputs_the_output_and_one_lse():
