@@ -270,6 +270,25 @@ def fastest(device: torch.device, dtype: torch.dtype, B: int, H: int, Hkv: int, 
     return min(names, key=lambda name: statistics.median(milliseconds[name]))
 
 
+def chosen_kernel(backend: str, device: torch.device, dtype: torch.dtype, B: int, H: int, Hkv: int, T: int, S: int,
+                  Dh: int, is_causal: bool, with_backward: bool) -> str | None:
+    """Name of the kernel for these sizes: ``backend`` if it is a name, for "auto" the fastest; None if none works.
+
+    Raises ValueError for a name that is unknown or does not work here, but for "own", whose place torch's take.
+    """
+    if backend not in ("auto", *KERNELS):
+        raise ValueError(f"backend must be one of auto, tiled, {', '.join(KERNELS)}, got {backend!r}")
+    if backend != "auto":
+        if works(backend, device, dtype, Dh, H // Hkv, is_causal):
+            return backend
+        if backend != "own":  # of which ``works`` has warned
+            raise ValueError(f"backend {backend!r} does not work here for {dtype}, Dh = {Dh} on {device}: "
+                             "use 'tiled' or 'auto'")
+    # Timed once for all lengths between two powers of two.
+    T, S = (1 << n.bit_length() - 1 for n in (T, S))
+    return fastest(device, dtype, B, H, Hkv, T, S, Dh, is_causal, with_backward)
+
+
 # --- 5. demo --------------------------------------------------------------------------------
 
 def main(length: int, d_head: int, dtype: str, device: str) -> None:

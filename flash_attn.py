@@ -13,6 +13,8 @@ Formula   s_ij = scale q_i . k_j, the logits; for one query i:
                      dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i
 Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), Hkv | H -> out (B, H, T, Dh), lse (B, H, T). The queries are
           the LAST T of the S positions.
+Read      sections 1 to 3 beside the paper: the matrices, the online softmax, the algorithm for one head. Section 4
+          is the algorithm that runs: all heads, all options, every type, and what makes it fast.
 Also      torch's own fused kernels, if attention_kernels.py is in the same folder, and through it the CUDA kernel
           of flash_attn_cuda.py. Without it this file computes everything itself, in tiles. attention_traffic.py
           counts what the tiles save, and is the demo.
@@ -149,7 +151,63 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
     return o, (m + torch.log(total)).masked_fill(nothing, -math.inf)
 
 
-# --- 3. the same in tiles -------------------------------------------------------------------
+# --- 3. the algorithm, for one head -----------------------------------------------------------
+#
+# What section 4 does for all heads at once, with all options and fast.   Dao 2023 (2307.08691), algorithms 1 and 2
+
+def textbook_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, Br: int = 64, Bc: int = 64
+                     ) -> tuple[Tensor, Tensor]:
+    """out (T, Dh) and lse (T,) of q (T, Dh), k and v (S, Dh), T <= S, in tiles of Br queries and Bc keys."""
+    T, S = len(q), len(k)
+    if not q.dim() == k.dim() == 2 or k.shape != v.shape or q.size(1) != k.size(1) or T > S:
+        raise ValueError("needs one head: q (T, Dh), k and v (S, Dh), T at most S, got "
+                         f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
+    out, lse = torch.empty_like(q), q.new_empty(T)
+    for i in range(0, T, Br):
+        rows = slice(i, i + Br)  # this tile of queries and its results stay in fast memory ...
+        o, l = torch.zeros_like(q[rows]), torch.zeros_like(q[rows, :1])
+        m = torch.full_like(l, torch.finfo(q.dtype).min)
+        end = S - T + min(i + Br, T) if is_causal else S  # no query of this tile sees a later key
+        for j in range(0, end, Bc):
+            columns = slice(j, j + Bc)  # ... while the keys and values come by, a tile at a time
+            s = textbook_logits(q, k, is_causal, rows, columns)  # (Br, Bc)
+            larger = torch.maximum(m, s.amax(-1, keepdim=True))
+            p, shrink = torch.exp(s - larger), torch.exp(m - larger)
+            o = shrink * o + p @ v[columns]
+            l = shrink * l + p.sum(-1, keepdim=True)
+            m = larger
+        out[rows], lse[rows] = o / l, (m + torch.log(l))[:, 0]  # all that is written
+    return out, lse
+
+
+def textbook_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                      is_causal: bool = True, Br: int = 64, Bc: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v: each tile of p is computed again, from lse, and not kept from the forward pass."""
+    T, S, scale = len(q), len(k), q.size(1) ** -0.5
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    delta = (grad_out * out).sum(-1, keepdim=True)  # (T, 1): do_i . out_i = sum_j p_ij (do_i . v_j)
+    for i in range(0, T, Br):
+        end = S - T + min(i + Br, T) if is_causal else S
+        for j in range(0, end, Bc):
+            rows, columns = slice(i, i + Br), slice(j, j + Bc)
+            p = torch.exp(textbook_logits(q, k, is_causal, rows, columns) - lse[rows, None])  # (Br, Bc)
+            ds = p * (grad_out[rows] @ v[columns].T - delta[rows])
+            dv[columns] += p.T @ grad_out[rows]
+            dq[rows] += scale * ds @ k[columns]
+            dk[columns] += scale * ds.T @ q[rows]
+    return dq, dk, dv
+
+
+def textbook_logits(q: Tensor, k: Tensor, is_causal: bool, rows: slice, columns: slice) -> Tensor:
+    """A tile of scale q k^T, -inf where a key comes after its query: query t is at position S - T + t."""
+    T, S = len(q), len(k)
+    s = q[rows] @ k[columns].T * q.size(1) ** -0.5
+    position = torch.arange(S - T, S, device=q.device)[rows, None]
+    key = torch.arange(S, device=q.device)[columns]
+    return s.masked_fill(key > position, -math.inf) if is_causal else s
+
+
+# --- 4. the same for all heads, with all options, fast ----------------------------------------
 
 @dataclass
 class _Tile:
@@ -474,14 +532,13 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
         sums.add_(torch.bmm(a, b))
 
 
-# --- 4. what models call --------------------------------------------------------------------
+# --- 5. what models call --------------------------------------------------------------------
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and keeps the answer
-def _kernel_for(backend: str, device: torch.device, dtype: torch.dtype, B: int, H: int, Hkv: int, T: int, S: int,
-                Dh: int, is_causal: bool, with_backward: bool) -> str:
-    """The name of a kernel in attention_kernels.py for these sizes, or "tiled"."""
+def _kernel_for(backend: str, *sizes) -> str:
+    """The name of a kernel in attention_kernels.py for these sizes (see its ``chosen_kernel``), or "tiled"."""
     try:
-        from attention_kernels import KERNELS, fastest, works
+        from attention_kernels import chosen_kernel
     except ModuleNotFoundError:
         if backend != "auto":
             raise ValueError(f"backend {backend!r} needs attention_kernels.py beside flash_attn.py: 'tiled' and "
@@ -489,17 +546,7 @@ def _kernel_for(backend: str, device: torch.device, dtype: torch.dtype, B: int, 
         _warn_once("attention_kernels.py is not beside flash_attn.py: attention is computed in tiles, without "
                    "torch's own kernels")
         return "tiled"
-    if backend not in ("auto", *KERNELS):
-        raise ValueError(f"backend must be one of auto, tiled, {', '.join(KERNELS)}, got {backend!r}")
-    if backend != "auto":
-        if works(backend, device, dtype, Dh, H // Hkv, is_causal):
-            return backend
-        if backend != "own":  # ours has warned, and torch's take its place
-            raise ValueError(f"backend {backend!r} does not work here for {dtype}, Dh = {Dh} on {device}: "
-                             "use 'tiled' or 'auto'")
-    # Timed once for all lengths between two powers of two.
-    T, S = (1 << n.bit_length() - 1 for n in (T, S))
-    return fastest(device, dtype, B, H, Hkv, T, S, Dh, is_causal, with_backward) or "tiled"
+    return chosen_kernel(backend, *sizes) or "tiled"
 
 
 @functools.cache

@@ -12,7 +12,8 @@ import flash_attn
 from attention_kernels import works
 from attention_traffic import peak_extra_bytes
 from flash_attn import (Options, dropout_factor, flash_attention, flash_attention_with_lse, merge, naive_attention_with_lse,
-                        online_softmax, softmax_of_concatenation, split_kv_attention, tiled_backward, tiled_forward)
+                        online_softmax, softmax_of_concatenation, split_kv_attention, textbook_backward, textbook_forward,
+                        tiled_backward, tiled_forward)
 
 
 def problem(T, S, H=4, Hkv=2, Dh=8, B=2, dtype=torch.float64, seed=0, spread=1.0):
@@ -355,6 +356,24 @@ def test_online_softmax_matches_torch(block):
 def test_softmax_of_a_concatenation_is_a_rescaled_concatenation():
     x, y = torch.randn(3, 5, dtype=torch.float64) * 50, torch.randn(3, 4, dtype=torch.float64) * 50
     torch.testing.assert_close(softmax_of_concatenation(x, y), torch.cat((x, y), -1).softmax(-1), atol=1e-14, rtol=1e-10)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("T, S, tile", [(7, 7, (2, 3)), (8, 8, (4, 4)), (3, 9, (2, 4)), (1, 5, (64, 64)), (6, 6, (1, 1))])
+def test_the_textbook_matches_brute_force(T, S, tile, is_causal):
+    q, k, v, grad_out, _ = problem(T, S, 1, 1, B=1)
+    out, lse, *grads = with_gradients(brute_force, q, k, v, grad_out, torch.zeros(T), is_causal=is_causal)
+    one_head = [x[0, 0] for x in (q, k, v)]
+    found = textbook_forward(*one_head, is_causal, *tile)
+    assert_all_close(found, [out[0, 0], lse[0, 0]], atol=1e-12, rtol=1e-12)
+    found = textbook_backward(grad_out[0, 0], *one_head, *found, is_causal, *tile)
+    assert_all_close(found, [x[0, 0] for x in grads], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("q, k, v", [((3, 4), (2, 4), (2, 4)), ((2, 4), (2, 5), (2, 5)), ((2, 4), (2, 4), (3, 4)), ((1, 2, 4),) * 3])
+def test_the_textbook_refuses_what_is_not_one_head(q, k, v):
+    with pytest.raises(ValueError, match="needs one head"):
+        textbook_forward(*(torch.zeros(shape) for shape in (q, k, v)))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 9])
