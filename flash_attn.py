@@ -13,8 +13,8 @@ Formula   s_ij = scale q_i . k_j, the logits; for one query i:
                      dq_i = scale sum_j ds_ij k_j;  dk_j = scale sum_i ds_ij q_i
 Shapes    q (B, H, T, Dh), k and v (B, Hkv, S, Dh), Hkv | H -> out (B, H, T, Dh), lse (B, H, T). The queries are
           the LAST T of the S positions.
-Read      sections 1 to 3 beside the paper: the matrices, the online softmax, the algorithm for one head. Section 4
-          is the algorithm that runs: all heads, all options, every type, and what makes it fast.
+Read      sections 1 to 3 beside Dao 2023: the matrices, the online softmax, the algorithm for one head. Section 4
+          is the algorithm that runs: all heads, all options, every type, and what makes it fast; 5 is its front.
 Also      torch's own fused kernels, if attention_kernels.py is in the same folder, and through it the CUDA kernel
           of flash_attn_cuda.py. Without it this file computes everything itself, in tiles. attention_traffic.py
           counts what the tiles save, and is the demo.
@@ -153,7 +153,8 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
 
 # --- 3. the algorithm, for one head -----------------------------------------------------------
 #
-# What section 4 does for all heads at once, with all options and fast.   Dao 2023 (2307.08691), algorithms 1 and 2
+# What section 4 does for all heads at once, with all options and fast.   Dao 2023 (2307.08691), algorithms 1 and 2,
+# which leave out the scale and the mask, and call delta D, lse L, and shrink e^(m_old - m_new)
 
 def textbook_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, Br: int = 64, Bc: int = 64
                      ) -> tuple[Tensor, Tensor]:
@@ -166,10 +167,10 @@ def textbook_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, Br
     for i in range(0, T, Br):
         rows = slice(i, i + Br)  # this tile of queries and its results stay in fast memory ...
         o, l = torch.zeros_like(q[rows]), torch.zeros_like(q[rows, :1])
-        m = torch.full_like(l, torch.finfo(q.dtype).min)
+        m = torch.full_like(l, -math.inf)
         end = S - T + min(i + Br, T) if is_causal else S  # no query of this tile sees a later key
         for j in range(0, end, Bc):
-            columns = slice(j, j + Bc)  # ... while the keys and values come by, a tile at a time
+            columns = slice(j, min(j + Bc, end))  # ... while the keys and values come by, a tile at a time
             s = textbook_logits(q, k, is_causal, rows, columns)  # (Br, Bc)
             larger = torch.maximum(m, s.amax(-1, keepdim=True))
             p, shrink = torch.exp(s - larger), torch.exp(m - larger)
@@ -182,14 +183,16 @@ def textbook_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, Br
 
 def textbook_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                       is_causal: bool = True, Br: int = 64, Bc: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v: each tile of p is computed again, from lse, and not kept from the forward pass."""
+    """dq (T, Dh), dk and dv (S, Dh) from grad_out (T, Dh) and what the forward pass took and gave: each tile of p is
+    computed again, from lse, and not kept."""
     T, S, scale = len(q), len(k), q.size(1) ** -0.5
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (grad_out * out).sum(-1, keepdim=True)  # (T, 1): do_i . out_i = sum_j p_ij (do_i . v_j)
-    for i in range(0, T, Br):
-        end = S - T + min(i + Br, T) if is_causal else S
-        for j in range(0, end, Bc):
-            rows, columns = slice(i, i + Br), slice(j, j + Bc)
+    for j in range(0, S, Bc):
+        columns = slice(j, j + Bc)  # this tile of keys and values, and its dk and dv, stay in fast memory ...
+        begin = max(0, j - (S - T)) // Br * Br if is_causal else 0  # no tile of queries before sees its keys
+        for i in range(begin, T, Br):
+            rows = slice(i, i + Br)  # ... while the queries come by
             p = torch.exp(textbook_logits(q, k, is_causal, rows, columns) - lse[rows, None])  # (Br, Bc)
             ds = p * (grad_out[rows] @ v[columns].T - delta[rows])
             dv[columns] += p.T @ grad_out[rows]
@@ -199,7 +202,7 @@ def textbook_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Te
 
 
 def textbook_logits(q: Tensor, k: Tensor, is_causal: bool, rows: slice, columns: slice) -> Tensor:
-    """A tile of scale q k^T, -inf where a key comes after its query: query t is at position S - T + t."""
+    """A tile (Br, Bc) of scale q k^T, -inf where a key comes after its query: query t is at position S - T + t."""
     T, S = len(q), len(k)
     s = q[rows] @ k[columns].T * q.size(1) ** -0.5
     position = torch.arange(S - T, S, device=q.device)[rows, None]
@@ -211,7 +214,7 @@ def textbook_logits(q: Tensor, k: Tensor, is_causal: bool, rows: slice, columns:
 
 @dataclass
 class _Tile:
-    """Some rows of the batch, some key heads with their groups of query heads, some queries."""
+    """Some samples of the batch, some key heads with their groups of query heads, some queries."""
     b: slice
     h: slice
     rows: range
@@ -229,11 +232,12 @@ class _Tiling:
         # torch rounds each product back to that type; where nothing does, a tile is converted to fp32 beforehand.
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.products = q.dtype if _multiplies(q.device.type, q.dtype) and not exact else self.dtype
-        is_plain = options.bias is None and not options.soft_cap and not options.dropout
-        self.needs_maximum = (not is_plain or self.products == torch.float16  # whose range is small
+        is_simple = options.bias is None and not options.soft_cap and not options.dropout
+        self.needs_maximum = (not is_simple or self.products == torch.float16  # whose range is small
                               or not _are_moderate(q, k, others, self.scale, options.window))
-        # Query heads that share a key head are rows of one product, and no key is copied. Fastest on a CPU: 512 x 512
-        # logits in bf16; in fp32 1024 x 256, or 256 x 256 where keys are hidden: so fewer of those are computed.
+        # The G query heads that share a key head are rows of one product, and no key is copied. Fastest on a CPU, in
+        # rows of all G heads x keys: 512 x 512 where products are of bf16; else 1024 x 256, or 256 x 256 where keys
+        # are hidden, so that fewer of those are computed.
         sees_all = not options.is_causal and options.window is options.ids is None
         rows, columns = 256, 512  # on a GPU
         if q.device.type == "cpu":
@@ -254,7 +258,8 @@ class _Tiling:
                     yield _Tile(slice(b, b + step), slice(h, min(h + heads, Hkv)), range(r, min(r + self.Br, T)))
 
     def columns(self, at: _Tile) -> Iterator[range]:
-        """The key tiles that some of these queries see. What is above the diagonal is never computed."""
+        """The key tiles that some of these queries see. No key after the last of these queries is computed; above the
+        diagonal within a tile it is computed and hidden."""
         *_, T, S = self.shape
         first, last = S - T + at.rows.start, S - T + at.rows.stop - 1
         begin = 0 if self.options.window is None else max(0, first - self.options.window + 1)
@@ -319,7 +324,7 @@ class _Tiling:
 
     def exponentials(self, q: Tensor, k: Tensor, at: _Tile, columns: range, space: _Space) -> Tensor:
         """e^logit (n, G rows, columns) for the arguments of ``logits``, 0 where hidden; of moderate logits alone, from
-        which no maximum need be taken, so of none with a bias or a soft cap."""
+        which no maximum need be taken, so of none with a bias, a soft cap or dropout."""
         *_, T, S = self.shape
         p = space.product(q, k.mT, 0, self.scale).exp_()
         if self.options.is_causal and self.options.window is None and self.options.ids is None:
@@ -346,9 +351,9 @@ def _are_moderate(q: Tensor, k: Tensor, others: list[Tensor], scale: float, wind
     """Whether no e^logit can overflow or vanish. Then m = 0 serves every row as well as its maximum, whose only use is
     to prevent that: to find it, subtract it and rescale for it are passes over each tile that can be left out.
 
-    By Cauchy and Schwarz |s_ij| <= |scale| |q_i| |k_j|. Up to 32, e^s is 1e-14 to 1e14; the longest row of each of
-    ``others`` (..., Dh), which it multiplies, must leave room for that in fp32's range, above and below. One answer for
-    the whole call: so any row or key, even one hidden from this row, may change how this row is rounded.
+    By Cauchy and Schwarz |s_ij| <= |scale| |q_i| |k_j|. Up to 32, e^s is 1e-14 to 1e14; the longest row (along the last
+    axis) of each of ``others``, which it multiplies, must leave room for that in fp32's range, above and below. One
+    answer for the whole call: so any row or key, even one hidden from this row, may change how this row is rounded.
     """
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False  # a GPU would have to wait for the answer, a trace would keep it for other numbers
@@ -371,7 +376,10 @@ def _multiplies(device: str, dtype: torch.dtype) -> bool:
 
 def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple[int, int] | None = None,
                   traffic: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    """out, lse; ``tile`` (query rows, key rows); ``traffic`` receives the bytes of every tile read or written."""
+    """out (B, H, T, Dh), lse (B, H, T) of q (B, H, T, Dh), k and v (B, Hkv, S, Dh).
+
+    ``tile``: queries and keys of each; ``traffic`` receives the bytes of every tile read or written.
+    """
     cut = _Tiling(q, k, [v], options, tile)
     B, H, *_, T, S = cut.shape
     out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=cut.dtype)
@@ -412,8 +420,9 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
 def tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
                    grad_lse: Tensor | None = None, tile: tuple[int, int] | None = None, exact: bool = False
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the bias. The tiles are computed again: p = e^(s - lse) needs no second pass.
+    """Gradients of q, k, v and the bias (None if none is wanted), in their shapes; ``grad_lse`` (B, H, T).
 
+    The tiles are computed again: p = e^(s - lse) needs no second pass.
     out and lse may be those of attention to more keys than k: then these are the gradients through k's share.
     ``exact``: multiply in fp32, which an lse of other code than tiled_forward needs: p = e^(s - lse), the small
     difference of large numbers, is right only if both saw logits of the same rounding.
@@ -570,7 +579,8 @@ def _choose(backend: str, q: Tensor, k: Tensor, options: Options, with_backward:
 
 
 class _FlashAttention(torch.autograd.Function):
-    """All kernels save the same: q, k, v, out and lse. So the backward need not be of the forward's kind."""
+    """All kernels save the same, q, k, v, out and lse, from which the tiles, too, can make the gradients; ``rest`` is
+    what little else a kernel wants back."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, options, name, with_lse):
@@ -610,10 +620,10 @@ def flash_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = 
     Args:
         q: (B, H, T, Dh), the last T of S positions; k, v: (B, Hkv, S, Dh), Hkv divides H: query head h reads
             key head h // (H / Hkv). fp32, bf16, fp16 or float64; any T and S, 0 too.
-        is_causal: query t sees keys 0 .. S - T + t.
+        is_causal: query t sees keys 0 .. S - T + t; if T > S the first T - S see none.
         backend: "tiled" is the plain PyTorch above, which knows all options; "auto" the fastest of torch's kernels
             that work here, or "tiled" where none does; a name in attention_kernels.KERNELS is that one, "own"
-            being flash_attn_cuda.py.
+            being flash_attn_cuda.py, for which, where it does not work, "auto" stands in with a warning.
         options: window, ids, bias, soft_cap, dropout, seed, scale: see Options.
 
     Returns:
@@ -641,7 +651,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, wit
 
 
 def split_kv_attention(q: Tensor, k: Tensor, v: Tensor, splits: int, is_causal: bool = True, **options) -> Tensor:
-    """The same from ``splits`` pieces of the keys, computed on their own and merged: what decoding does.
+    """``flash_attention`` from ``splits`` pieces of the keys, computed on their own and merged: what decoding does.
 
     One query has no other work to share out among a GPU's processors, or among machines that each hold a piece
     of a long cache. The last piece holds at least the T positions of the queries. Of the options, soft_cap,

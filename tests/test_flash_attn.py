@@ -370,6 +370,17 @@ def test_the_textbook_matches_brute_force(T, S, tile, is_causal):
     assert_all_close(found, [x[0, 0] for x in grads], atol=1e-12, rtol=1e-12)
 
 
+def test_the_textbook_computes_nothing_after_the_last_query_of_a_tile(monkeypatch):
+    computed, logits = [], flash_attn.textbook_logits
+    monkeypatch.setattr(flash_attn, "textbook_logits", lambda *x: computed.append(logits(*x).numel()) or logits(*x))
+    q = torch.randn(128, 4)
+    out, lse = textbook_forward(q, q, q, True, 16, 64)
+    assert sum(computed) == sum(16 * (i + 16) for i in range(0, 128, 16))
+    computed.clear()
+    textbook_backward(out, q, q, q, out, lse, True, 16, 64)
+    assert sum(computed) == (128 + 64) * 64  # the second tile of keys meets the second half of the queries
+
+
 @pytest.mark.parametrize("q, k, v", [((3, 4), (2, 4), (2, 4)), ((2, 4), (2, 5), (2, 5)), ((2, 4), (2, 4), (3, 4)), ((1, 2, 4),) * 3])
 def test_the_textbook_refuses_what_is_not_one_head(q, k, v):
     with pytest.raises(ValueError, match="needs one head"):
