@@ -159,11 +159,11 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
 def textbook_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, Br: int = 64, Bc: int = 64
                      ) -> tuple[Tensor, Tensor]:
     """out (T, Dh) and lse (T,) of q (T, Dh), k and v (S, Dh), T <= S, in tiles of Br queries and Bc keys."""
-    T, S = len(q), len(k)
-    if not q.dim() == k.dim() == 2 or k.shape != v.shape or q.size(1) != k.size(1) or T > S:
-        raise ValueError("needs one head: q (T, Dh), k and v (S, Dh), T at most S, got "
-                         f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
-    out, lse = torch.empty_like(q), q.new_empty(T)
+    if (not q.dim() == k.dim() == 2 or k.shape != v.shape or q.size(1) != k.size(1) or len(q) > len(k)
+            or min(q.size(1), Br, Bc) < 1):
+        raise ValueError("needs one head, q (T, Dh), k and v (S, Dh), T at most S, and tiles of at least 1, got "
+                         f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {Br} x {Bc}")
+    T, S, out, lse = len(q), len(k), torch.empty_like(q), q.new_empty(len(q))
     for i in range(0, T, Br):
         rows = slice(i, i + Br)  # this tile of queries and its results stay in fast memory ...
         o, l = torch.zeros_like(q[rows]), torch.zeros_like(q[rows, :1])
@@ -410,7 +410,7 @@ def tiled_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, tile: tuple
             _add_product(o, space.rounded(p), v_j)
         nothing = l == 0
         target = cut.queries(out, at)  # (b, h, G, rows, Dh)
-        torch.div(o.view(target.shape), l.masked_fill(nothing, 1).view(*target.shape[:-1], 1), out=target)
+        target.copy_((o / l.masked_fill(nothing, 1)).view(target.shape))
         lse_i = (m + torch.log(l)).masked_fill_(nothing, -math.inf)  # (n, G rows, 1)
         cut.queries(lse, at).copy_(lse_i.view(target.shape[:-1]))
         traffic.append(n * R * (2 * Dh * q.element_size() + lse.element_size()))

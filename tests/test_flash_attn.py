@@ -381,10 +381,12 @@ def test_the_textbook_computes_nothing_after_the_last_query_of_a_tile(monkeypatc
     assert sum(computed) == (128 + 64) * 64  # the second tile of keys meets the second half of the queries
 
 
-@pytest.mark.parametrize("q, k, v", [((3, 4), (2, 4), (2, 4)), ((2, 4), (2, 5), (2, 5)), ((2, 4), (2, 4), (3, 4)), ((1, 2, 4),) * 3])
-def test_the_textbook_refuses_what_is_not_one_head(q, k, v):
+@pytest.mark.parametrize("q, k, v, tile", [
+    ((3, 4), (2, 4), (2, 4), 2), ((2, 4), (2, 5), (2, 5), 2), ((2, 4), (2, 4), (3, 4), 2), ((1, 2, 4),) * 3 + (2,), ((),) * 3 + (2,),
+    ((2, 0),) * 3 + (2,), ((2, 4),) * 3 + (0,)])
+def test_the_textbook_refuses_what_is_not_one_head(q, k, v, tile):
     with pytest.raises(ValueError, match="needs one head"):
-        textbook_forward(*(torch.zeros(shape) for shape in (q, k, v)))
+        textbook_forward(*(torch.zeros(shape) for shape in (q, k, v)), True, tile, tile)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 9])
@@ -593,9 +595,10 @@ def test_any_integer_is_a_seed(seed):
     assert abs((found == 0).double().mean() - 0.5) < 0.03 and not torch.equal(found, other)  # 6 deviations
 
 
-@pytest.mark.parametrize("dtype, options", ((torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"window": 3})), ids=str)
-def test_compiled_is_the_same(dtype, options):
-    q, k, v, *_ = problem(6, 6, dtype=dtype)
+@pytest.mark.parametrize("T, dtype, options", (
+    (6, torch.float32, {}), (6, torch.bfloat16, {}), (6, torch.bfloat16, {"window": 3}), (300, torch.float32, {"window": 100})), ids=str)
+def test_compiled_is_the_same(T, dtype, options):
+    q, k, v, *_ = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in problem(T, T, dtype=dtype))  # strided as a model's
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: flash_attention(q, k, v, **options) * 2, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v, **options) * 2)
