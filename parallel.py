@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import itertools
 import math
@@ -174,8 +175,8 @@ class DataParallel:
     Args:
         model: the same on every rank.
         group: the ranks that see different data; None for all.
-        bucket_mb: bucket size in 2^20 bytes, at most a quarter of the model if that is more than one; a larger
-            parameter has a bucket of its own.
+        bucket_mb: a bucket is full once it has so many times 2^20 bytes; the first once it has 2^20, so that the
+            network starts early, and none needs more than 0.7 of the model, if that is over 2^20.
         reduction: "mean" over ranks, for losses that are means over equally many samples, or "sum", for
             losses already divided by the samples (tokens) of the whole batch: right for uneven parts.
         grad_dtype: accumulate and reduce in this dtype, e.g. fp32 for bf16 parameters. p.grad cannot hold
@@ -203,9 +204,9 @@ class DataParallel:
         self._reduced: dict[nn.Parameter, Tensor] = {}  # and the results of the last
         if self.P > 1 or grad_dtype is not None:
             self._make_buckets(trained, bucket_mb * 2**20)
-        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
-        for p in self._bucket_of:
-            p.register_post_accumulate_grad_hook(self._on_gradient)
+        for bucket in self._buckets:
+            for p, view in bucket.views.items():
+                p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket, view))
 
     @torch.no_grad()
     def _start_equal(self, model: nn.Module, settings: str) -> None:
@@ -226,42 +227,43 @@ class DataParallel:
             t.copy_(whole)
 
     def _make_buckets(self, parameters: list[nn.Parameter], limit: float) -> None:
-        """Buckets of up to ``limit`` bytes, one dtype and device each, from the last parameter to the first."""
+        """Buckets of one dtype and device each, from the last parameter to the first; full at ``limit`` bytes."""
         total = sum(p.numel() * (self.grad_dtype or p.dtype).itemsize for p in parameters)
-        limit = min(limit, max(2**20, total / 4))  # what is sent last travels alone: in a small model, too, a part only
+        # Few large messages hinder backward least. What is sent last travels alone: in a small model, too, only a part.
+        limit = min(limit, max(2**20, 0.7 * total))
         filling = {}  # (dtype, device) -> parameters
         for p in reversed(parameters):
             dtype, device = self.grad_dtype or p.dtype, p.device
             members = filling.setdefault((dtype, device), [])
-            if members and sum(m.numel() for m in [*members, p]) * dtype.itemsize > limit:
-                self._buckets.append(_Bucket(members, dtype))
-                members = filling[dtype, device] = []
             members.append(p)
+            full = limit if self._buckets else min(limit, 2**20)  # the network has nothing to do yet
+            if sum(m.numel() for m in members) * dtype.itemsize >= full:
+                self._buckets.append(_Bucket(members, dtype))
+                del filling[dtype, device]
         self._buckets += [_Bucket(members, dtype) for (dtype, _), members in filling.items()]
 
-    @torch.no_grad()
-    def _on_gradient(self, p: nn.Parameter) -> None:
+    def _on_gradient(self, bucket: _Bucket, view: Tensor, p: nn.Parameter) -> None:
         """Called by autograd as soon as p.grad is complete for this backward."""
-        bucket = self._bucket_of[p]
         if p not in bucket.missing:
             raise RuntimeError("this step's gradient was already sent: call finish() after the last "
                                "backward() of a step, and run those before it under no_sync()")
         if self.grad_dtype is not None:
-            view = bucket.views[p]
-            view.add_(p.grad) if p in self._held else view.copy_(p.grad)
+            grad = p.grad.detach()
+            view.add_(grad) if p in self._held else view.copy_(grad)
             self._held.add(p)
             p.grad = None
         if self._sync:
-            self._pack(bucket, p)
-            self._start_full_buckets()
+            self._pack(bucket, view, p)
+            if not bucket.missing:
+                self._start_full_buckets()
 
-    def _pack(self, bucket: _Bucket, p: nn.Parameter) -> None:
+    def _pack(self, bucket: _Bucket, view: Tensor, p: nn.Parameter) -> None:
         """Put p's gradient, scaled, into its bucket, whose sum over ranks then is the result."""
-        view = bucket.views[p]
-        if p in self._held or p.grad is view:
+        grad = p.grad
+        if p in self._held or grad is view:
             view.mul_(self.scale)
-        elif p.grad is not None:
-            torch.mul(p.grad, self.scale, out=view)  # copied and scaled in one pass
+        elif grad is not None:
+            torch.mul(grad.detach(), self.scale, out=view)  # copied and scaled in one pass
             p.grad = view
         else:
             view.zero_()
@@ -282,18 +284,18 @@ class DataParallel:
         Raises:
             RuntimeError: from torch.distributed, if another rank died or is later than the group's time-out.
         """
-        absent = []  # the parameters that this rank did not use
+        absent = set()  # the parameters that this rank did not use
         for bucket in self._buckets:
-            absent += [p for p in bucket.missing if p.grad is None and p not in self._held]
+            absent |= {p for p in bucket.missing if p.grad is None and p not in self._held}
             for p in list(bucket.missing):
-                self._pack(bucket, p)
+                self._pack(bucket, bucket.views[p], p)
         self._start_full_buckets()
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()
         # Only a rank without a gradient asks if others had it: reading a flag makes the CPU wait for the GPU.
-        unused = {p for p in absent if not self._bucket_of[p].flags[p].item()}
-        result = {p: bucket.views[p] for p, bucket in self._bucket_of.items() if p not in unused}
+        result = {p: view for bucket in self._buckets for p, view in bucket.views.items()
+                  if p not in absent or bucket.flags[p].item()}
         if self.grad_dtype is not None:
             self._reduced = result
         else:

@@ -11,8 +11,8 @@ bubble   idle time of 4 ranks whose blocks sleep instead of computing, so that c
 scaling  strong (the same batch) and weak (the same batch a process) on 1 and 2 processes
 simulate pipeline_schedules.predict beside steps that ran on 2 processes, given this machine's compute and link
 
-Every round times each in turn, in the same processes, which keep the memory they free as train.py's do; the ratio is that of
-the medians over the rounds.
+Every round times each in turn, another one first, in the same processes, which keep the memory they free as train.py's do; the
+ratio is that of the medians over the rounds.
 """
 
 import argparse
@@ -49,12 +49,12 @@ def medians(runs: dict, rounds: int, steps: int = 2) -> dict[str, float]:
     times = {name: [] for name in runs}
     for run in runs.values():
         run()
-    for _ in range(rounds):
-        for name, run in runs.items():
+    for r in range(rounds):
+        for name in [*runs][r % len(runs):] + [*runs][:r % len(runs)]:
             dist.barrier()
             began = time.perf_counter()
             for _ in range(steps):
-                run()
+                runs[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - began) / steps)

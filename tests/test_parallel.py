@@ -465,6 +465,18 @@ def test_reduction_and_bucket_mb_change_something(monkeypatch):
     assert len(sizes) == 4 + 2 * len([p for p in net().parameters() if p.requires_grad])
 
 
+def test_the_first_bucket_is_small_and_the_last_a_part_only():
+    MiB = 2**20
+
+    def fn(rank, **options):
+        layers = [nn.Linear(512, 512, bias=False) for _ in range(8)]  # 1 MiB each
+        return [bucket.flat.nbytes // MiB for bucket in DataParallel(nn.Sequential(*layers), **options)._buckets]
+    assert run_ranks(2, fn)[0] == [1, 6, 1]  # 0.7 of 8 MiB are 5.6
+    assert run_ranks(2, lambda rank: fn(rank, bucket_mb=3.0))[0] == [1, 3, 3, 1]
+    assert run_ranks(2, lambda rank: fn(rank, bucket_mb=0.5))[0] == [1] * 8
+    assert run_ranks(2, lambda rank: fn(rank, grad_dtype=torch.float64))[0] == [2, 12, 2]
+
+
 def test_buckets_are_sent_while_backward_runs(monkeypatch):
     events, all_reduce = [[], []], dist.all_reduce
 
