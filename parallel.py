@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import hashlib
 import itertools
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +152,7 @@ class _Bucket:
         *views, self.used = self.flat.split([*sizes, len(sizes)])
         self.views = {p: view.view(p.shape) for p, view in zip(parameters, views)}
         self.flags = dict(zip(parameters, self.used))
-        self.missing = set(parameters)  # whose gradient of this step is not in the bucket yet
+        self.missing = set(parameters)  # whose gradient of this step is not ready to be sent yet
         self.work: dist.Work | None = None
 
 
@@ -161,7 +161,9 @@ class DataParallel:
 
     The model is not wrapped. At construction its parameters and buffers are copied from the group's first
     rank, and hooks are put on the parameters that require a gradient. After ``finish()``, p.grad is the reduced
-    gradient, a view of its bucket, or None if no rank used p. A group of one sends nothing. Accumulation:
+    gradient, a view of its bucket, which the next step overwrites, or None if no rank used p. Before, it is on
+    its way: neither read nor change it. A group of one sends nothing. Two instances on one group would take each
+    other's messages: put several models into one nn.ModuleList. Accumulation:
 
         with dp.no_sync():
             for x, y in microbatches[:-1]:             # all but the last backward
@@ -169,18 +171,18 @@ class DataParallel:
         loss(model(x_last), y_last).backward()         # sends the accumulated gradients
         dp.finish()                                    # once per step on EVERY rank, one without samples too
 
-    After an exception in backward that you survive (out of memory), call ``finish()`` all the same, to stay in
-    step with the other ranks, then ``zero_grad()``: they have gone on with the part that this rank had.
+    After an exception in backward that you survive (out of memory), call ``finish()`` all the same: the others
+    wait for it. Every rank then has the same gradient, which lacks a part: all take the step, or all drop it.
 
     Args:
         model: the same on every rank.
         group: the ranks that see different data; None for all.
-        bucket_mb: a bucket is full once it has so many times 2^20 bytes; the first once it has 2^20, so that the
-            network starts early, and none needs more than 0.7 of the model, if that is over 2^20.
+        bucket_mb: a bucket is full once it has so many times 2^20 bytes, or 0.7 of the model's if that is less,
+            the first once it has 2^20. A parameter that is as large alone has a bucket of its own.
         reduction: "mean" over ranks, for losses that are means over equally many samples, or "sum", for
             losses already divided by the samples (tokens) of the whole batch: right for uneven parts.
-        grad_dtype: accumulate and reduce in this dtype, e.g. fp32 for bf16 parameters. p.grad cannot hold
-            that: it is None after backward, and ``gradient(p)`` has the result until the next backward.
+        grad_dtype: accumulate and reduce in this dtype, e.g. fp32 for bf16 parameters. p.grad, which is of p's
+            dtype, is None after backward, and ``gradient(p)`` has the result until the next backward.
 
     Raises:
         ValueError: on every rank, if models or settings differ between ranks; if no parameter requires a
@@ -200,13 +202,18 @@ class DataParallel:
         if not trained:
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
         self._sync, self._next, self._buckets = True, 0, []  # _next: the bucket whose turn it is
-        self._held: set[nn.Parameter] = set()  # with grad_dtype: whose view holds gradient of this step,
-        self._reduced: dict[nn.Parameter, Tensor] = {}  # and the results of the last
+        self._held: set[nn.Parameter] = set()  # with grad_dtype: those whose view has some of this step's gradient
+        self._reduced: dict[nn.Parameter, Tensor] = {}  # with grad_dtype: the results of the last step
         if self.P > 1 or grad_dtype is not None:
             self._make_buckets(trained, bucket_mb * 2**20)
-        for bucket in self._buckets:
-            for p, view in bucket.views.items():
-                p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket, view))
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
+        me = weakref.ref(self)  # hooks live as long as parameters do, and would keep all this alive with them
+
+        def on_gradient(p: nn.Parameter) -> None:
+            if (dp := me()) is not None:
+                dp._on_gradient(p)
+        for p in self._bucket_of:
+            p.register_post_accumulate_grad_hook(on_gradient)
 
     @torch.no_grad()
     def _start_equal(self, model: nn.Module, settings: str) -> None:
@@ -228,39 +235,45 @@ class DataParallel:
 
     def _make_buckets(self, parameters: list[nn.Parameter], limit: float) -> None:
         """Buckets of one dtype and device each, from the last parameter to the first; full at ``limit`` bytes."""
-        total = sum(p.numel() * (self.grad_dtype or p.dtype).itemsize for p in parameters)
-        # Few large messages hinder backward least. What is sent last travels alone: in a small model, too, only a part.
-        limit = min(limit, max(2**20, 0.7 * total))
+        def size(p: nn.Parameter) -> int:
+            return p.numel() * (self.grad_dtype or p.dtype).itemsize
+        # A few large messages hinder backward least. But nothing is left to compute while the last one travels: so
+        # in a small model, too, that is not all of it. The first is small, as until then the network has no work.
+        limit = min(limit, max(2**20, 0.7 * sum(map(size, parameters))))
         filling = {}  # (dtype, device) -> parameters
-        for p in reversed(parameters):
-            dtype, device = self.grad_dtype or p.dtype, p.device
-            members = filling.setdefault((dtype, device), [])
-            members.append(p)
-            full = limit if self._buckets else min(limit, 2**20)  # the network has nothing to do yet
-            if sum(m.numel() for m in members) * dtype.itemsize >= full:
-                self._buckets.append(_Bucket(members, dtype))
-                del filling[dtype, device]
-        self._buckets += [_Bucket(members, dtype) for (dtype, _), members in filling.items()]
 
-    def _on_gradient(self, bucket: _Bucket, view: Tensor, p: nn.Parameter) -> None:
+        def close(key: tuple) -> None:
+            self._buckets.append(_Bucket(filling.pop(key), key[0]))
+        for p in reversed(parameters):
+            key = (self.grad_dtype or p.dtype, p.device)
+            if key in filling and size(p) >= limit:
+                close(key)  # what is ready does not wait for the gradient of a large embedding
+            filling.setdefault(key, []).append(p)
+            if sum(map(size, filling[key])) >= (limit if self._buckets else min(limit, 2**20)):
+                close(key)
+        for key in list(filling):
+            close(key)
+
+    def _on_gradient(self, p: nn.Parameter) -> None:
         """Called by autograd as soon as p.grad is complete for this backward."""
+        bucket = self._bucket_of[p]
         if p not in bucket.missing:
             raise RuntimeError("this step's gradient was already sent: call finish() after the last "
                                "backward() of a step, and run those before it under no_sync()")
         if self.grad_dtype is not None:
-            grad = p.grad.detach()
+            view, grad = bucket.views[p], p.grad.detach()
             view.add_(grad) if p in self._held else view.copy_(grad)
             self._held.add(p)
             p.grad = None
         if self._sync:
-            self._pack(bucket, view, p)
+            self._pack(bucket, p)
             if not bucket.missing:
                 self._start_full_buckets()
 
-    def _pack(self, bucket: _Bucket, view: Tensor, p: nn.Parameter) -> None:
+    def _pack(self, bucket: _Bucket, p: nn.Parameter) -> None:
         """Put p's gradient, scaled, into its bucket, whose sum over ranks then is the result."""
-        grad = p.grad
-        if p in self._held or grad is view:
+        view, grad = bucket.views[p], p.grad
+        if p in self._held or grad is view:  # accumulated there; autograd does so if zero_grad left the last result
             view.mul_(self.scale)
         elif grad is not None:
             torch.mul(grad.detach(), self.scale, out=view)  # copied and scaled in one pass
@@ -288,14 +301,14 @@ class DataParallel:
         for bucket in self._buckets:
             absent |= {p for p in bucket.missing if p.grad is None and p not in self._held}
             for p in list(bucket.missing):
-                self._pack(bucket, bucket.views[p], p)
+                self._pack(bucket, p)
         self._start_full_buckets()
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()
         # Only a rank without a gradient asks if others had it: reading a flag makes the CPU wait for the GPU.
         result = {p: view for bucket in self._buckets for p, view in bucket.views.items()
-                  if p not in absent or bucket.flags[p].item()}
+                  if p not in absent or bucket.flags[p].item()}  # the sum of flags: how many ranks used p
         if self.grad_dtype is not None:
             self._reduced = result
         else:

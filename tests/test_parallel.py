@@ -7,6 +7,7 @@ import runpy
 import signal
 import sys
 import time
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -475,6 +476,33 @@ def test_the_first_bucket_is_small_and_the_last_a_part_only():
     assert run_ranks(2, lambda rank: fn(rank, bucket_mb=3.0))[0] == [1, 3, 3, 1]
     assert run_ranks(2, lambda rank: fn(rank, bucket_mb=0.5))[0] == [1] * 8
     assert run_ranks(2, lambda rank: fn(rank, grad_dtype=torch.float64))[0] == [2, 12, 2]
+
+
+def test_a_large_parameter_does_not_keep_others_waiting():
+    def fn(rank):
+        sizes = [12, 1, 1, 6, 1]  # MiB, from the first to the last; 0.7 of 21 are 14.7
+        rows = [nn.Linear(512, 512 * n, bias=False) for n in sizes]
+        dp = DataParallel(nn.Sequential(*rows), bucket_mb=7.0)
+        return [[p.nbytes // 2**20 for p in bucket.views] for bucket in dp._buckets]
+    assert run_ranks(2, fn)[0] == [[1], [6, 1], [1], [12]]
+
+
+def test_parameters_do_not_keep_it_alive_and_take_another():
+    def fn(rank):
+        model, freed = net(), []
+        for step in range(3):
+            dp = DataParallel(model)  # in place of the last
+            loss_of(model, part_of(step, 8, rank, 2)).backward()
+            dp.finish()
+            freed.append(weakref.ref(dp))
+            assert freed[0]() is (dp if step == 0 else None)
+            gradient = model.hidden.bias.grad.clone()
+            model.zero_grad()
+        return gradient
+    alone = net()
+    loss_of(alone, batch(2, 8)).backward()
+    for gradient in run_ranks(2, fn):
+        torch.testing.assert_close(gradient, alone.hidden.bias.grad, **EXACT)
 
 
 def test_buckets_are_sent_while_backward_runs(monkeypatch):
