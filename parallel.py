@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import itertools
 import math
@@ -150,10 +151,14 @@ class _Bucket:
         sizes = [p.numel() for p in parameters]
         self.flat = torch.ones(sum(sizes) + len(sizes), dtype=dtype, device=parameters[0].device)
         *views, self.used = self.flat.split([*sizes, len(sizes)])
-        self.views = {p: view.view(p.shape) for p, view in zip(parameters, views)}
-        self.flags = dict(zip(parameters, self.used))
-        self.missing = set(parameters)  # whose gradient of this step is not ready to be sent yet
+        self.parameters, self.views = parameters, [view.view(p.shape) for p, view in zip(parameters, views)]
+        self.start_step()
+
+    def start_step(self) -> None:
+        self.missing = set(range(len(self.parameters)))  # whose gradient of this step is not ready to be sent yet
+        self.held: set[int] = set()  # with grad_dtype: those whose view has some of this step's gradient
         self.work: dist.Work | None = None
+        self.used.fill_(1)
 
 
 class DataParallel:
@@ -202,18 +207,17 @@ class DataParallel:
         if not trained:
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: nothing to train")
         self._sync, self._next, self._buckets = True, 0, []  # _next: the bucket whose turn it is
-        self._held: set[nn.Parameter] = set()  # with grad_dtype: those whose view has some of this step's gradient
         self._reduced: dict[nn.Parameter, Tensor] = {}  # with grad_dtype: the results of the last step
         if self.P > 1 or grad_dtype is not None:
             self._make_buckets(trained, bucket_mb * 2**20)
-        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
         me = weakref.ref(self)  # hooks live as long as parameters do, and would keep all this alive with them
 
-        def on_gradient(p: nn.Parameter) -> None:
+        def on_gradient(b: int, i: int, p: nn.Parameter) -> None:
             if (dp := me()) is not None:
-                dp._on_gradient(p)
-        for p in self._bucket_of:
-            p.register_post_accumulate_grad_hook(on_gradient)
+                dp._on_gradient(dp._buckets[b], i)
+        for b, bucket in enumerate(self._buckets):
+            for i, p in enumerate(bucket.parameters):
+                p.register_post_accumulate_grad_hook(functools.partial(on_gradient, b, i))
 
     @torch.no_grad()
     def _start_equal(self, model: nn.Module, settings: str) -> None:
@@ -254,34 +258,34 @@ class DataParallel:
         for key in list(filling):
             close(key)
 
-    def _on_gradient(self, p: nn.Parameter) -> None:
-        """Called by autograd as soon as p.grad is complete for this backward."""
-        bucket = self._bucket_of[p]
-        if p not in bucket.missing:
+    def _on_gradient(self, bucket: _Bucket, i: int) -> None:
+        """Called by autograd as soon as the gradient of the bucket's i-th is complete for this backward."""
+        if i not in bucket.missing:
             raise RuntimeError("this step's gradient was already sent: call finish() after the last "
                                "backward() of a step, and run those before it under no_sync()")
         if self.grad_dtype is not None:
-            view, grad = bucket.views[p], p.grad.detach()
-            view.add_(grad) if p in self._held else view.copy_(grad)
-            self._held.add(p)
+            p, view = bucket.parameters[i], bucket.views[i]
+            view.add_(p.grad.detach()) if i in bucket.held else view.copy_(p.grad.detach())
+            bucket.held.add(i)
             p.grad = None
         if self._sync:
-            self._pack(bucket, p)
+            self._pack(bucket, i)
             if not bucket.missing:
                 self._start_full_buckets()
 
-    def _pack(self, bucket: _Bucket, p: nn.Parameter) -> None:
-        """Put p's gradient, scaled, into its bucket, whose sum over ranks then is the result."""
-        view, grad = bucket.views[p], p.grad
-        if p in self._held or grad is view:  # accumulated there; autograd does so if zero_grad left the last result
+    def _pack(self, bucket: _Bucket, i: int) -> None:
+        """Put its i-th's gradient, scaled, into the bucket, whose sum over ranks then is the result."""
+        p, view = bucket.parameters[i], bucket.views[i]
+        grad = p.grad
+        if i in bucket.held or grad is view:  # accumulated there; autograd does so if zero_grad left the last result
             view.mul_(self.scale)
         elif grad is not None:
             torch.mul(grad.detach(), self.scale, out=view)  # copied and scaled in one pass
             p.grad = view
         else:
             view.zero_()
-            bucket.flags[p].zero_()
-        bucket.missing.remove(p)
+            bucket.used[i] = 0
+        bucket.missing.remove(i)
 
     def _start_full_buckets(self) -> None:
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
@@ -297,27 +301,26 @@ class DataParallel:
         Raises:
             RuntimeError: from torch.distributed, if another rank died or is later than the group's time-out.
         """
-        absent = set()  # the parameters that this rank did not use
+        absent = []  # of each bucket, those that this rank did not use
         for bucket in self._buckets:
-            absent |= {p for p in bucket.missing if p.grad is None and p not in self._held}
-            for p in list(bucket.missing):
-                self._pack(bucket, p)
+            absent.append({i for i in bucket.missing - bucket.held if bucket.parameters[i].grad is None})
+            for i in list(bucket.missing):
+                self._pack(bucket, i)
         self._start_full_buckets()
-        for bucket in self._buckets:
+        self._reduced = {}
+        for bucket, mine in zip(self._buckets, absent):
             if bucket.work is not None:
                 bucket.work.wait()
-        # Only a rank without a gradient asks if others had it: reading a flag makes the CPU wait for the GPU.
-        result = {p: view for bucket in self._buckets for p, view in bucket.views.items()
-                  if p not in absent or bucket.flags[p].item()}  # the sum of flags: how many ranks used p
-        if self.grad_dtype is not None:
-            self._reduced = result
-        else:
-            for p, view in result.items():
-                p.grad = view
-        for bucket in self._buckets:
-            bucket.missing, bucket.work = set(bucket.views), None
-            bucket.used.fill_(1)
-        self._held, self._next = set(), 0
+            for i, (p, view) in enumerate(zip(bucket.parameters, bucket.views)):
+                # Flags add up to the number of ranks that used p. Only one that did not asks: the CPU waits for a GPU.
+                if i in mine and not bucket.used[i].item():
+                    continue
+                if self.grad_dtype is not None:
+                    self._reduced[p] = view
+                else:
+                    p.grad = view
+            bucket.start_step()
+        self._next = 0
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -483,7 +483,7 @@ def test_a_large_parameter_does_not_keep_others_waiting():
         sizes = [12, 1, 1, 6, 1]  # MiB, from the first to the last; 0.7 of 21 are 14.7
         rows = [nn.Linear(512, 512 * n, bias=False) for n in sizes]
         dp = DataParallel(nn.Sequential(*rows), bucket_mb=7.0)
-        return [[p.nbytes // 2**20 for p in bucket.views] for bucket in dp._buckets]
+        return [[p.nbytes // 2**20 for p in bucket.parameters] for bucket in dp._buckets]
     assert run_ranks(2, fn)[0] == [[1], [6, 1], [1], [12]]
 
 
