@@ -362,6 +362,8 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", dest="rounds", type=int, default=15, help="of every measurement (default %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default %(default)s)")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--repeats must be at least 1, got {options.rounds}")
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
         if Path("/proc/cpuinfo").exists() else ""
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if options.device == 'cuda' else cpu}, one thread a process")

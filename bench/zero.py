@@ -175,6 +175,8 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", dest="rounds", type=int, help="of every measurement (default 12 / processes)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default %(default)s)")
     options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--repeats must be at least 1, got {options.rounds}")
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
         if Path("/proc/cpuinfo").exists() else ""
     print(f"torch {torch.__version__}, {cpu}, one thread a process")
