@@ -138,8 +138,8 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
 # are copied into flat buckets, filled from the last layer to the first as backward delivers them, and a full
 # bucket travels while backward computes the next (Li et al. 2020, 2006.15704, section 3.2):
 #
-#   backward      layer 4 | layer 3 | layer 2 | layer 1 |
-#   all-reduce                      [ 4 and 3           ] [ 2 and 1          ] finish() returns
+#   backward      layer 5 | layer 4 | layer 3 | layer 2 | layer 1 |
+#   all-reduce            [ 5 ]               [ 4 and 3        ]  [ 2 and 1    ] finish() returns
 #
 # Collectives have no names: the k-th call on one rank meets the k-th on the others. So buckets start in one
 # fixed order on every rank, and a full bucket waits for those before it.
@@ -312,7 +312,7 @@ class DataParallel:
             if bucket.work is not None:
                 bucket.work.wait()
             for i, (p, view) in enumerate(zip(bucket.parameters, bucket.views)):
-                # Flags add up to the number of ranks that used p. Only one that did not asks: the CPU waits for a GPU.
+                # Flags add up to the number of ranks that used p. One that did need not look: the CPU waits for a GPU.
                 if i in mine and not bucket.used[i].item():
                     continue
                 if self.grad_dtype is not None:
