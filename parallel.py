@@ -6,6 +6,8 @@ Idea      The gradient of a mean over the batch is the mean of the gradients of 
 Formula   g = (1/P) sum_r g_r,  g_r the gradient of the mean loss over rank r's samples
           ring all-reduce of n bytes: each rank sends 2 (P-1)/P n bytes       (Patarasuk & Yuan 2009)
 Shapes    n numbers -> P chunks of C = ceil(n/P); buckets are flat
+Read      1, a ring's collectives, and 2, average_gradients, for the idea; 3, DataParallel, is what trains. 4 groups
+          ranks for the other kinds of parallelism, in tensor_parallel.py, pipeline.py, moe.py, ring_attention.py.
 Omits     trees (log P rounds, better for short messages), sparse gradients, buffers kept in step after the
           start (batch norm), compression.
 Run       python parallel.py                                       2 processes on the CPU, 10 s
@@ -155,6 +157,7 @@ class _Bucket:
         self.start_step()
 
     def start_step(self) -> None:
+        """Nothing is packed or on its way, and every parameter counts as used until finish() misses it."""
         self.missing = set(range(len(self.parameters)))  # whose gradient of this step is not ready to be sent yet
         self.held: set[int] = set()  # with grad_dtype: those whose view has some of this step's gradient
         self.work: dist.Work | None = None
